@@ -1,0 +1,331 @@
+"""Spatial transforms: functions from fixed points to moving points.
+
+Convention: points ``b n d`` in mm in tensor order. ``transform(x)`` is where, in the moving image, the fixed image's
+point x is found; the moving image is warped onto the fixed grid by reading it there (see ``sampling.warp``). Jacobians
+are ``J[..., i, k] = d transform_i / d x_k``, without unit. Every transform is a frozen dataclass of tensors
+with a batch axis, differentiable in its tensors and in the points; a batch of one serves any number of point sets.
+
+Sources: FreeForm: Rueckert et al., IEEE TMI 18 (1999), eq. 1; Velocity: Arsigny et al., A log-Euclidean framework for
+statistics on diffeomorphisms, MICCAI 2006; inverse: Chen et al., Medical Physics 35 (2008).
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from regteach import bspline
+from regteach.grid import Grid
+from regteach.sampling import flat_points, gradient, sample
+
+
+class NotInvertibleError(ValueError):
+    """The transform has no inverse of its own kind; :func:`fixed_point_inverse` approximates one on a grid."""
+
+
+class Transform(ABC):
+    """A function from fixed to moving points, with its Jacobian and, where one exists, its inverse."""
+
+    @abstractmethod
+    def __call__(self, points: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        """Fixed points to moving points, mm."""
+
+    @abstractmethod
+    def jacobian(self, points: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d d"]:
+        """Matrix of partial derivatives at each fixed point, analytic where the class says so."""
+
+    def inverse(self) -> "Transform":
+        """Moving points to fixed points.
+
+        Raises:
+            NotInvertibleError: if this kind of transform has no exact inverse.
+        """
+        raise NotInvertibleError(
+            f"{type(self).__name__} has no closed inverse; fixed_point_inverse approximates one on a grid."
+        )
+
+
+@dataclass(frozen=True)
+class Identity(Transform):
+    """Every point stays where it is."""
+
+    dim: int
+
+    def __call__(self, points: Tensor) -> Tensor:
+        """The points themselves."""
+        _check_points(points, self.dim)
+        return points
+
+    def jacobian(self, points: Tensor) -> Tensor:
+        """The unit matrix (analytic)."""
+        return torch.eye(self.dim, device=points.device, dtype=points.dtype).expand(*points.shape, -1)
+
+    def inverse(self) -> "Identity":
+        """Itself."""
+        return self
+
+
+@dataclass(frozen=True)
+class Affine(Transform):
+    """y = M (x - c) + c + t: turns, scales and shears about a centre, then shifts.
+
+    Args:
+        matrix: M, ``b d d``.
+        translation: t, ``b d``, mm.
+        centre: c, ``d`` or ``b d``, mm: the point that M leaves in place, normally the middle of the fixed grid.
+    """
+
+    matrix: Float[Tensor, "b d d"]
+    translation: Float[Tensor, "b d"]
+    centre: Tensor
+
+    def __call__(self, points: Tensor) -> Tensor:
+        """M (x - c) + c + t."""
+        _check_points(points, self.matrix.shape[-1])
+        centre = self._centre()
+        moved = (points - centre) @ self.matrix.transpose(-1, -2)
+        return moved + centre + self.translation[:, None]
+
+    def jacobian(self, points: Tensor) -> Tensor:
+        """M at every point (analytic)."""
+        batch = max(points.shape[0], self.matrix.shape[0])
+        return self.matrix[:, None].expand(batch, points.shape[1], -1, -1)
+
+    def inverse(self) -> "Affine":
+        """x = M^-1 (y - c) + c - M^-1 t.
+
+        Raises:
+            NotInvertibleError: if M is singular.
+        """
+        if bool((torch.linalg.det(self.matrix).abs() < 1e-8).any()):
+            raise NotInvertibleError("This affine matrix is singular: it flattens space, and has no inverse.")
+        inverse = torch.linalg.inv(self.matrix)
+        shift = -(inverse @ self.translation[..., None])[..., 0]
+        return Affine(inverse, shift, self.centre)
+
+    def _centre(self) -> Tensor:
+        return self.centre.to(self.matrix).reshape(-1, 1, self.matrix.shape[-1])
+
+
+@dataclass(frozen=True)
+class FreeForm(Transform):
+    """Free-form deformation: x plus a cubic B-spline displacement.
+
+    Args:
+        coefficients: ``b *ctrl d``, mm.
+        grid: the control grid (``bspline.control_grid``), of any spacing.
+    """
+
+    coefficients: Float[Tensor, "b *ctrl d"]
+    grid: Grid
+
+    @staticmethod
+    def identity(
+        grid: Grid, spacing_mm: float | Sequence[float], batch: int = 1, like: Tensor | None = None
+    ) -> "FreeForm":
+        """Zero displacement, with control points every ``spacing_mm`` over an image on ``grid``."""
+        like = torch.zeros(()) if like is None else like
+        ctrl = bspline.control_grid(grid, spacing_mm)
+        return FreeForm(like.new_zeros(batch, *ctrl.shape, grid.dim), ctrl)
+
+    def __call__(self, points: Tensor) -> Tensor:
+        """x + sum_k B(x - k) c_k."""
+        _check_points(points, self.grid.dim)
+        return points + bspline.evaluate(self.coefficients, self.grid, points)
+
+    def jacobian(self, points: Tensor) -> Tensor:
+        """I + the spline's derivatives (analytic)."""
+        slopes = [
+            bspline.evaluate(self.coefficients, self.grid, points, _unit_orders(axis, self.grid.dim))
+            for axis in range(self.grid.dim)
+        ]
+        return torch.stack(slopes, dim=-1) + torch.eye(self.grid.dim).to(points)
+
+    def displacement_on(self, grid: Grid) -> Float[Tensor, "b *grid d"]:
+        """Displacement at the voxels of ``grid``, mm: the separable evaluation, much faster than point by point."""
+        return bspline.evaluate_grid(self.coefficients, self.grid, grid)
+
+    def jacobian_on(self, grid: Grid) -> Float[Tensor, "b *grid d d"]:
+        """Jacobian at the voxels of ``grid`` (analytic, separable)."""
+        slopes = [
+            bspline.evaluate_grid(self.coefficients, self.grid, grid, _unit_orders(axis, grid.dim))
+            for axis in range(grid.dim)
+        ]
+        return torch.stack(slopes, dim=-1) + torch.eye(grid.dim).to(self.coefficients)
+
+
+@dataclass(frozen=True)
+class Dense(Transform):
+    """x plus a displacement that is stored per voxel and interpolated linearly; beyond the grid the border is repeated.
+
+    Args:
+        displacement: ``b *grid d``, mm.
+        grid: where the displacements sit.
+    """
+
+    displacement: Float[Tensor, "b *grid d"]
+    grid: Grid
+
+    def __call__(self, points: Tensor) -> Tensor:
+        """x + u(x)."""
+        _check_points(points, self.grid.dim)
+        return points + sample(self.displacement.movedim(-1, 1), points, self.grid).movedim(1, -1)
+
+    def jacobian(self, points: Tensor) -> Tensor:
+        """I + central differences of u on the grid, interpolated linearly (exact where u is linear)."""
+        slopes = gradient(self.displacement.movedim(-1, 1), self.grid)
+        channels = slopes.movedim(-1, 2).flatten(1, 2)  # b (i k) *grid
+        values = sample(channels, points, self.grid).movedim(1, -1)
+        return values.unflatten(-1, (self.grid.dim,) * 2) + torch.eye(self.grid.dim).to(points)
+
+
+@dataclass(frozen=True)
+class Velocity(Transform):
+    """Flow of a stationary velocity field for unit time, by scaling and squaring.
+
+    The field is halved ``steps`` times, taken as a small displacement, and composed with itself ``steps`` times. With
+    enough steps the result is invertible, and the inverse is the flow of the negative field.
+
+    Args:
+        velocity: ``b *grid d``, mm per unit time.
+        grid: where the velocities sit.
+        steps: number of squarings.
+    """
+
+    velocity: Float[Tensor, "b *grid d"]
+    grid: Grid
+    steps: int = 7
+
+    def __call__(self, points: Tensor) -> Tensor:
+        """exp(v)(x)."""
+        return self.integrated()(points)
+
+    def jacobian(self, points: Tensor) -> Tensor:
+        """Jacobian of the integrated field, by central differences."""
+        return self.integrated().jacobian(points)
+
+    def inverse(self) -> "Velocity":
+        """exp(-v)."""
+        return Velocity(-self.velocity, self.grid, self.steps)
+
+    def integrated(self) -> Dense:
+        """The displacement exp(v) - id on the grid."""
+        flow = Dense(self.velocity / 2**self.steps, self.grid)
+        points = flat_points(self.grid, self.velocity.device, self.velocity.dtype)
+        for _ in range(self.steps):
+            twice = flow(flow(points.expand(len(self.velocity), -1, -1)))
+            flow = Dense((twice - points).unflatten(1, self.grid.shape), self.grid)
+        return flow
+
+
+@dataclass(frozen=True)
+class Compose(Transform):
+    """One transform after another: ``Compose((a, b))(x) = b(a(x))``, the first in the tuple is applied first."""
+
+    transforms: tuple[Transform, ...]
+
+    def __call__(self, points: Tensor) -> Tensor:
+        """Through all transforms in turn."""
+        for transform in self.transforms:
+            points = transform(points)
+        return points
+
+    def jacobian(self, points: Tensor) -> Tensor:
+        """The chain rule: product of the Jacobians, each where its transform is applied."""
+        total = Identity(points.shape[-1]).jacobian(points)
+        for transform in self.transforms:
+            total = transform.jacobian(points) @ total
+            points = transform(points)
+        return total
+
+    def inverse(self) -> "Compose":
+        """The inverses in reverse order."""
+        return Compose(tuple(transform.inverse() for transform in reversed(self.transforms)))
+
+
+@dataclass(frozen=True)
+class Sum(Transform):
+    """Displacements added up: ``Sum((a, b))(x) = x + (a(x) - x) + (b(x) - x)``."""
+
+    transforms: tuple[Transform, ...]
+
+    def __call__(self, points: Tensor) -> Tensor:
+        """x plus the sum of all displacements at x."""
+        total = points
+        for transform in self.transforms:
+            total = total + (transform(points) - points)
+        return total
+
+    def jacobian(self, points: Tensor) -> Tensor:
+        """I plus the sum of the displacements' Jacobians."""
+        unit = Identity(points.shape[-1]).jacobian(points)
+        total = unit
+        for transform in self.transforms:
+            total = total + (transform.jacobian(points) - unit)
+        return total
+
+
+def displacement(transform: Transform, grid: Grid, like: Tensor | None = None) -> Float[Tensor, "b *grid d"]:
+    """transform(x) - x at every voxel of ``grid``, mm; ``like`` gives device and dtype."""
+    if isinstance(transform, FreeForm):
+        return transform.displacement_on(grid)
+    points = flat_points(grid) if like is None else flat_points(grid, like.device, like.dtype)
+    return (transform(points) - points).unflatten(1, grid.shape)
+
+
+def jacobian_determinant(transform: Transform, grid: Grid, like: Tensor | None = None) -> Float[Tensor, "b *grid"]:
+    """det J at every voxel: 1 keeps volume, below 1 shrinks, 0 or less folds."""
+    if isinstance(transform, FreeForm):
+        return determinant(transform.jacobian_on(grid))
+    points = flat_points(grid) if like is None else flat_points(grid, like.device, like.dtype)
+    return determinant(transform.jacobian(points)).unflatten(1, grid.shape)
+
+
+def determinant(matrices: Float[Tensor, "*any d d"]) -> Float[Tensor, "*any"]:
+    """Determinant of 2 x 2 or 3 x 3 matrices, written out: far faster than a factorisation of each."""
+    m = matrices
+    if m.shape[-1] == 2:
+        return m[..., 0, 0] * m[..., 1, 1] - m[..., 0, 1] * m[..., 1, 0]
+    return (m[..., 0, :] * torch.linalg.cross(m[..., 1, :], m[..., 2, :])).sum(-1)
+
+
+def fixed_point_inverse(
+    transform: Transform, grid: Grid, iterations: int = 50, like: Tensor | None = None
+) -> tuple[Dense, Float[Tensor, "b"]]:
+    """Inverse of a transform on a grid, by the iteration w <- -u(y + w), and how good it is.
+
+    Converges where the displacement changes by less than 1 mm per mm; a fold has no inverse: its residual stays large.
+
+    Args:
+        transform: fixed to moving.
+        grid: where the inverse is wanted: a grid in the moving image's space.
+        iterations: number of updates.
+        like: tensor that gives device and dtype.
+
+    Returns:
+        The inverse displacement, and per batch item the largest residual |transform(inverse(y)) - y|, mm.
+
+    Source: Chen et al., A simple fixed-point approach to invert a deformation field, Medical Physics 35 (2008), eq. 9.
+    """
+    points = flat_points(grid) if like is None else flat_points(grid, like.device, like.dtype)
+    inverse = points
+    for _ in range(iterations):
+        inverse = points - (transform(inverse) - inverse)
+    residual = (transform(inverse) - points).norm(dim=-1).amax(-1)
+    shift = (inverse - points).unflatten(1, grid.shape)
+    return Dense(shift, grid), residual
+
+
+def _unit_orders(axis: int, dim: int) -> tuple[int, ...]:
+    return tuple(int(k == axis) for k in range(dim))
+
+
+def _check_points(points: Tensor, dim: int) -> None:
+    if points.ndim != 3 or points.shape[-1] != dim:
+        raise ValueError(
+            f"A {dim}D transform moves points of shape batch x number x {dim}, "
+            f"not {' x '.join(map(str, points.shape))}."
+        )
