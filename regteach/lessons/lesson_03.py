@@ -1,0 +1,239 @@
+"""Exercises of lesson 03: correlation, mutual information, bending energy, HD95 and TRE."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from regteach.lessons.exercises import Exercise, Mistake
+
+Mapping = Callable[[Tensor], Tensor]
+
+
+def correlation(a: Tensor, b: Tensor) -> Tensor:
+    """Covariance divided by both standard deviations."""
+    a, b = a - a.mean(), b - b.mean()
+    return (a * b).sum() / ((a**2).sum() * (b**2).sum()).sqrt()
+
+
+def _no_means(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).sum() / ((a**2).sum() * (b**2).sum()).sqrt()
+
+
+def _no_root(a: Tensor, b: Tensor) -> Tensor:
+    a, b = a - a.mean(), b - b.mean()
+    return (a * b).sum() / ((a**2).sum() * (b**2).sum())
+
+
+def _covariance(a: Tensor, b: Tensor) -> Tensor:
+    return ((a - a.mean()) * (b - b.mean())).mean()
+
+
+def _two_images() -> list[tuple[Tensor, Tensor]]:
+    rng = torch.Generator().manual_seed(3)
+    a = torch.rand(5, 7, generator=rng)
+    return [(a, 0.3 * a + 0.2 * torch.rand(5, 7, generator=rng) + 1), (a, 2 - a)]
+
+
+def information(counts: Tensor) -> Tensor:
+    """Sum of p log(p / (p_i p_k)) over the cells that are not empty."""
+    p = counts / counts.sum()
+    independent = p.sum(1, keepdim=True) * p.sum(0, keepdim=True)
+    full = p > 0
+    return (p[full] * (p[full] / independent[full]).log()).sum()
+
+
+def _bits(counts: Tensor) -> Tensor:
+    return information(counts) / torch.log(torch.tensor(2.0))
+
+
+def _joint_entropy(counts: Tensor) -> Tensor:
+    p = counts / counts.sum()
+    return -(p[p > 0] * p[p > 0].log()).sum()
+
+
+def _empty_cells(counts: Tensor) -> Tensor:
+    p = counts / counts.sum()
+    return (p * (p / (p.sum(1, keepdim=True) * p.sum(0, keepdim=True))).log()).sum()
+
+
+def _counts() -> list[tuple[Tensor]]:
+    return [
+        (torch.tensor([[30.0, 2.0, 0.0], [3.0, 40.0, 5.0]]),),
+        (torch.tensor([[10.0, 0.0], [0.0, 30.0]]),),
+    ]
+
+
+def bending_1d(u: Tensor, spacing_mm: float) -> Tensor:
+    """Mean of the squared second differences over spacing squared."""
+    return (u.diff().diff() / spacing_mm**2).square().mean()
+
+
+def _no_spacing(u: Tensor, spacing_mm: float) -> Tensor:
+    return u.diff().diff().square().mean()
+
+
+def _spacing_once(u: Tensor, spacing_mm: float) -> Tensor:
+    return (u.diff().diff() / spacing_mm).square().mean()
+
+
+def _first_derivative(u: Tensor, spacing_mm: float) -> Tensor:
+    return (u.diff() / spacing_mm).square().mean()
+
+
+def _displacements() -> list[tuple[Tensor, float]]:
+    x = torch.arange(12.0)
+    return [(torch.sin(x) * 3, 1.5), (x**2 / 10 + x, 0.5)]
+
+
+def hd95(there: Tensor, back: Tensor) -> Tensor:
+    """The larger of the two directions' 95th percentiles."""
+    return torch.maximum(there.quantile(0.95), back.quantile(0.95))
+
+
+def _pooled(there: Tensor, back: Tensor) -> Tensor:
+    return torch.cat([there, back]).quantile(0.95)
+
+
+def _largest(there: Tensor, back: Tensor) -> Tensor:
+    return torch.maximum(there.max(), back.max())
+
+
+def _one_way(there: Tensor, back: Tensor) -> Tensor:
+    return there.quantile(0.95)
+
+
+def _distances() -> list[tuple[Tensor, Tensor]]:
+    rng = torch.Generator().manual_seed(5)
+    return [(torch.rand(40, generator=rng) * 3, torch.rand(25, generator=rng) * 7)]
+
+
+def tre_mm(transform: Mapping, fixed_vox: Tensor, moving_vox: Tensor, spacing: Tensor) -> Tensor:
+    """Both landmarks in mm, the fixed ones through the transform, the mean distance."""
+    return (transform(fixed_vox * spacing) - moving_vox * spacing).norm(dim=-1).mean()
+
+
+def _in_voxels(transform: Mapping, fixed_vox: Tensor, moving_vox: Tensor, spacing: Tensor) -> Tensor:
+    return (transform(fixed_vox) - moving_vox).norm(dim=-1).mean()
+
+
+def _wrong_way(transform: Mapping, fixed_vox: Tensor, moving_vox: Tensor, spacing: Tensor) -> Tensor:
+    return (transform(moving_vox * spacing) - fixed_vox * spacing).norm(dim=-1).mean()
+
+
+def _not_moved(transform: Mapping, fixed_vox: Tensor, moving_vox: Tensor, spacing: Tensor) -> Tensor:
+    return (fixed_vox * spacing - moving_vox * spacing).norm(dim=-1).mean()
+
+
+def _landmarks() -> list[tuple[Mapping, Tensor, Tensor, Tensor]]:
+    rng = torch.Generator().manual_seed(7)
+    fixed = torch.rand(6, 3, generator=rng) * 20
+    moving = fixed + torch.rand(6, 3, generator=rng) * 4
+    return [
+        (lambda points: 1.1 * points + points.new_tensor([1.0, -2.0, 3.0]), fixed, moving, torch.tensor([1, 1.5, 2]))
+    ]
+
+
+EXERCISES = [
+    Exercise(
+        id="e1",
+        title="the correlation coefficient",
+        objective="o1",
+        reference=correlation,
+        cases=_two_images,
+        hint="Take away each mean, add up the products, and divide by the root of the product of both sums of squares.",
+        mistakes=[
+            Mistake(
+                "means left in",
+                _no_means,
+                "Close. This is the cosine between the images. What must brightness not change? Take it away first.",
+            ),
+            Mistake(
+                "no root",
+                _no_root,
+                "The numerator has the unit grey times grey, your denominator has it squared. What makes them equal?",
+            ),
+            Mistake(
+                "covariance",
+                _covariance,
+                "That is the covariance: it still grows when the contrast does. Divide by both standard deviations.",
+            ),
+        ],
+    ),
+    Exercise(
+        id="e2",
+        title="mutual information of a joint histogram",
+        objective="o2",
+        reference=information,
+        cases=_counts,
+        hint="Make shares of the counts, then the row sums and the column sums, and add p log(p / (row * column)).",
+        mistakes=[
+            Mistake("bits", _bits, "The number is right in bits. A nat uses the natural logarithm."),
+            Mistake(
+                "joint entropy",
+                _joint_entropy,
+                "That is the entropy of the pairs. Mutual information compares p with what independence would give.",
+            ),
+            Mistake(
+                "empty cells",
+                _empty_cells,
+                "The result is not a number: an empty cell gives 0 times log 0. Leave empty cells out.",
+            ),
+        ],
+    ),
+    Exercise(
+        id="e3",
+        title="bending energy along a line",
+        objective="o3",
+        reference=bending_1d,
+        cases=_displacements,
+        hint="Second differences, divided by the spacing squared, then squared, then the mean.",
+        mistakes=[
+            Mistake(
+                "no spacing",
+                _no_spacing,
+                "Right per pixel. On another grid the same field would cost something else: where do the mm come in?",
+            ),
+            Mistake("spacing once", _spacing_once, "There are two derivatives, and each of them is per mm."),
+            Mistake(
+                "first derivative",
+                _first_derivative,
+                "That is diffusion. A bend is a change of the slope: one more `diff`.",
+            ),
+        ],
+    ),
+    Exercise(
+        id="e4",
+        title="HD95 from distances",
+        objective="o4",
+        reference=hd95,
+        cases=_distances,
+        hint="One 95th percentile a direction, then the larger of the two.",
+        mistakes=[
+            Mistake(
+                "pooled",
+                _pooled,
+                "Some tools pool both directions first, which gives a smaller number. Here each has its own.",
+            ),
+            Mistake("largest", _largest, "That is the full Hausdorff distance: one stray pixel decides it."),
+            Mistake("one way", _one_way, "A small mask inside a large one is near it; the way back is far. Use both."),
+        ],
+    ),
+    Exercise(
+        id="e5",
+        title="TRE from voxel landmarks",
+        objective="o4",
+        reference=tre_mm,
+        cases=_landmarks,
+        hint="Bring both landmarks to mm, send the fixed ones through the transform, and average the distances.",
+        mistakes=[
+            Mistake(
+                "voxels", _in_voxels, "The transform expects millimetres, and the result is wanted in millimetres."
+            ),
+            Mistake(
+                "wrong way", _wrong_way, "The transform maps *fixed* to *moving* points. Which landmarks go through it?"
+            ),
+            Mistake("not moved", _not_moved, "That is the error before registration: nobody used the transform."),
+        ],
+    ),
+]
