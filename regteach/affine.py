@@ -83,6 +83,10 @@ class AffineBounds:
     def __post_init__(self) -> None:
         if self.scale_ratio < 1:
             raise ValueError(f"scale_ratio is a factor of at least 1, not {self.scale_ratio}.")
+        for name in ("translation_mm", "rotation_deg", "stretch_axes_deg", "shear_ratio"):
+            value = getattr(self, name)
+            if value < 0:
+                raise ValueError(f"{name} says how far a part may go and can not be negative, but it is {value}.")
 
     @staticmethod
     def counts(dim: int) -> tuple[int, int, int, int, int]:

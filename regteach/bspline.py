@@ -73,11 +73,15 @@ def evaluate(
         derivative: order per axis, (1, 0) for d/dx0; each order adds a unit of 1/mm.
     """
     orders = _check(coefficients, ctrl, derivative)
+    if points.ndim != 3 or points.shape[-1] != ctrl.dim:
+        raise ValueError(f"Points are batch x number x {ctrl.dim}, but the tensor is {tuple(points.shape)}.")
+    if len({coefficients.shape[0], points.shape[0]} - {1}) > 1:
+        raise ValueError(f"A batch of {coefficients.shape[0]} splines does not fit {points.shape[0]} sets of points.")
     batch = max(coefficients.shape[0], points.shape[0])
     flat = coefficients.flatten(1, ctrl.dim).expand(batch, -1, -1)
     position = (points - points.new_tensor(ctrl.origin)) / points.new_tensor(ctrl.spacing)
     first = position.floor().long() - 1  # the first of the four control points that reach a point
-    total = 0
+    total = coefficients.new_zeros(())
     for offset in itertools.product(range(4), repeat=ctrl.dim):
         index = first + torch.tensor(offset, device=points.device)
         weight, inside = _tensor_product(position - index, index, ctrl, orders)

@@ -7,7 +7,7 @@ when they are read. A grid holds no tensor and knows no device, so that it can b
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 Vector = tuple[float, ...]
@@ -84,6 +84,8 @@ class Grid:
         """
         if len(shape) != self.dim:
             raise ValueError(f"The new shape {tuple(shape)} has {len(shape)} axes, the grid has {self.dim}.")
+        if min(shape) < 1:
+            raise ValueError(f"Every axis of a grid needs at least one voxel, but the new shape is {tuple(shape)}.")
         spacing = tuple(length / n for length, n in zip(self.extent, shape, strict=True))
         origin = tuple(o + 0.5 * (new - old) for o, old, new in zip(self.origin, self.spacing, spacing, strict=True))
         return Grid(tuple(shape), spacing, origin)
@@ -94,6 +96,8 @@ class Grid:
         A centre lands between the voxels that were averaged: pooling by 2 puts the first one at voxel 0.5.
         """
         factors = [int(f) for f in per_axis(factor, self.dim, "factor")]
+        if min(factors) < 1:
+            raise ValueError(f"A grid is pooled by factors of 1 or more, but they are {tuple(factors)}.")
         shape = tuple(n // f for n, f in zip(self.shape, factors, strict=True))
         if min(shape) < 1:
             raise ValueError(f"A grid of {self.shape} voxels is too small to be pooled by {tuple(factors)}.")
@@ -104,6 +108,8 @@ class Grid:
     def with_spacing(self, spacing: float | Sequence[float]) -> "Grid":
         """Cover at least the same extent at another spacing, about the same centre."""
         new = per_axis(spacing, self.dim, "spacing")
+        if min(new) <= 0:
+            raise ValueError(f"Spacing is a distance in mm and must be positive, but it is {new}.")
         # 1e-6 of a voxel of slack: 10 mm at 0.1 mm is 100 voxels, not 101 because of rounding.
         shape = tuple(max(1, math.ceil(e / h - 1e-6)) for e, h in zip(self.extent, new, strict=True))
         origin = tuple(c - 0.5 * (n - 1) * h for c, n, h in zip(self.centre, shape, new, strict=True))
@@ -122,6 +128,8 @@ class Grid:
         """Grid with voxels added at the start and at the end of each axis."""
         before = [int(v) for v in per_axis(before_vox, self.dim, "before_vox")]
         after = [int(v) for v in per_axis(after_vox, self.dim, "after_vox")]
+        if min(before + after) < 0:
+            raise ValueError(f"Padding adds voxels, but {before} and {after} were given; use cropped to remove some.")
         shape = tuple(n + b + a for n, b, a in zip(self.shape, before, after, strict=True))
         origin = tuple(o - b * h for o, b, h in zip(self.origin, before, self.spacing, strict=True))
         return Grid(shape, self.spacing, origin)
@@ -129,7 +137,7 @@ class Grid:
 
 def per_axis(value: float | Sequence[float], dim: int, name: str) -> Vector:
     """One number per axis, from one number for all axes or from a sequence of ``dim`` numbers."""
-    values = (value,) if isinstance(value, int | float) else tuple(value)
+    values = tuple(value) if isinstance(value, Iterable) else (value,)  # NumPy's numbers are neither int nor float
     numbers = tuple(float(v) for v in values)
     if len(numbers) == 1:
         numbers *= dim

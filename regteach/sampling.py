@@ -127,7 +127,10 @@ def resample(
 def smooth(
     image: Float[Tensor, "b c *grid"], sigma_mm: float | tuple[float, ...], grid: Grid
 ) -> Float[Tensor, "b c *grid"]:
-    """Convolve with a Gaussian of standard deviation ``sigma_mm``, axis by axis; the border is repeated."""
+    """Convolve with a Gaussian of standard deviation ``sigma_mm``, axis by axis; the border is repeated.
+
+    The kernel ends at four standard deviations, rounded to whole voxels, as in scipy.ndimage.gaussian_filter.
+    """
     check_image(image, grid)
     for axis, (sigma, spacing) in enumerate(zip(per_axis(sigma_mm, grid.dim, "sigma_mm"), grid.spacing, strict=True)):
         if sigma < 0:
@@ -196,7 +199,7 @@ def _grid_sample_in_parts(image: Tensor, unit: Tensor, mode: str, padding: str) 
 
 
 def _smooth_axis(image: Tensor, sigma_vox: float, axis: int) -> Tensor:
-    radius = max(1, math.ceil(4 * sigma_vox))
+    radius = max(1, int(4 * sigma_vox + 0.5))
     offsets = torch.arange(-radius, radius + 1, device=image.device, dtype=image.dtype)
     kernel = torch.exp(-0.5 * (offsets / sigma_vox) ** 2)
     kernel = kernel / kernel.sum()

@@ -10,7 +10,7 @@ statistics on diffeomorphisms, MICCAI 2006; inverse: Chen et al., Medical Physic
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -82,9 +82,18 @@ class Affine(Transform):
     translation: Float[Tensor, "b d"]
     centre: Tensor
 
+    def __post_init__(self) -> None:
+        dim = self.matrix.shape[-1]
+        fits = self.matrix.shape[1:] == (dim, dim) and self.translation.shape[1:] == self.centre.shape[-1:] == (dim,)
+        if not fits:
+            raise ValueError(
+                f"An affine needs a matrix b x d x d, a translation b x d and a centre d or b x d, not "
+                f"{tuple(self.matrix.shape)}, {tuple(self.translation.shape)} and {tuple(self.centre.shape)}."
+            )
+
     def __call__(self, points: Tensor) -> Tensor:
         """M (x - c) + c + t."""
-        _check_points(points, self.matrix.shape[-1])
+        _check_points(points, self.matrix.shape[-1], len(self.matrix))
         centre = self._centre()
         moved = (points - centre) @ self.matrix.transpose(-1, -2)
         return moved + centre + self.translation[:, None]
@@ -122,6 +131,9 @@ class FreeForm(Transform):
     coefficients: Float[Tensor, "b *ctrl d"]
     grid: Grid
 
+    def __post_init__(self) -> None:
+        _check_field(self.coefficients, self.grid)
+
     @staticmethod
     def identity(
         grid: Grid, spacing_mm: float | Sequence[float], batch: int = 1, like: Tensor | None = None
@@ -133,7 +145,7 @@ class FreeForm(Transform):
 
     def __call__(self, points: Tensor) -> Tensor:
         """x + sum_k B(x - k) c_k."""
-        _check_points(points, self.grid.dim)
+        _check_points(points, self.grid.dim, len(self.coefficients))
         return points + bspline.evaluate(self.coefficients, self.grid, points)
 
     def jacobian(self, points: Tensor) -> Tensor:
@@ -169,9 +181,12 @@ class Dense(Transform):
     displacement: Float[Tensor, "b *grid d"]
     grid: Grid
 
+    def __post_init__(self) -> None:
+        _check_field(self.displacement, self.grid)
+
     def __call__(self, points: Tensor) -> Tensor:
         """x + u(x)."""
-        _check_points(points, self.grid.dim)
+        _check_points(points, self.grid.dim, len(self.displacement))
         return points + sample(self.displacement.movedim(-1, 1), points, self.grid).movedim(1, -1)
 
     def jacobian(self, points: Tensor) -> Tensor:
@@ -199,6 +214,11 @@ class Velocity(Transform):
     grid: Grid
     steps: int = 7
 
+    def __post_init__(self) -> None:
+        _check_field(self.velocity, self.grid)
+        if self.steps < 0:
+            raise ValueError(f"steps is a number of squarings, 0 or more, not {self.steps}.")
+
     def __call__(self, points: Tensor) -> Tensor:
         """exp(v)(x)."""
         return self.integrated()(points)
@@ -216,7 +236,8 @@ class Velocity(Transform):
         flow = Dense(self.velocity / 2**self.steps, self.grid)
         points = flat_points(self.grid, self.velocity.device, self.velocity.dtype)
         for _ in range(self.steps):
-            twice = flow(flow(points.expand(len(self.velocity), -1, -1)))
+            once = points + flow.displacement.flatten(1, -2)  # at its own voxels the field needs no interpolation
+            twice = flow(once)
             flow = Dense((twice - points).unflatten(1, self.grid.shape), self.grid)
         return flow
 
@@ -269,10 +290,13 @@ class Sum(Transform):
 
 
 def displacement(transform: Transform, grid: Grid, like: Tensor | None = None) -> Float[Tensor, "b *grid d"]:
-    """transform(x) - x at every voxel of ``grid``, mm; ``like`` gives device and dtype."""
+    """transform(x) - x at every voxel of ``grid``, mm.
+
+    ``like`` gives device and dtype; without it they are those of the transform's own tensors.
+    """
     if isinstance(transform, FreeForm):
         return transform.displacement_on(grid)
-    points = flat_points(grid) if like is None else flat_points(grid, like.device, like.dtype)
+    points = _points_for(transform, grid, like)
     return (transform(points) - points).unflatten(1, grid.shape)
 
 
@@ -280,13 +304,15 @@ def jacobian_determinant(transform: Transform, grid: Grid, like: Tensor | None =
     """det J at every voxel: 1 keeps volume, below 1 shrinks, 0 or less folds."""
     if isinstance(transform, FreeForm):
         return determinant(transform.jacobian_on(grid))
-    points = flat_points(grid) if like is None else flat_points(grid, like.device, like.dtype)
+    points = _points_for(transform, grid, like)
     return determinant(transform.jacobian(points)).unflatten(1, grid.shape)
 
 
 def determinant(matrices: Float[Tensor, "*any d d"]) -> Float[Tensor, "*any"]:
     """Determinant of 2 x 2 or 3 x 3 matrices, written out: far faster than a factorisation of each."""
     m = matrices
+    if m.shape[-2:] not in ((2, 2), (3, 3)):
+        raise ValueError(f"Determinants are written out for 2 x 2 and 3 x 3 matrices, not {tuple(m.shape)}.")
     if m.shape[-1] == 2:
         return m[..., 0, 0] * m[..., 1, 1] - m[..., 0, 1] * m[..., 1, 0]
     return (m[..., 0, :] * torch.linalg.cross(m[..., 1, :], m[..., 2, :])).sum(-1)
@@ -303,14 +329,14 @@ def fixed_point_inverse(
         transform: fixed to moving.
         grid: where the inverse is wanted: a grid in the moving image's space.
         iterations: number of updates.
-        like: tensor that gives device and dtype.
+        like: tensor that gives device and dtype; left out, the transform's own tensors do.
 
     Returns:
         The inverse displacement, and per batch item the largest residual |transform(inverse(y)) - y|, mm.
 
     Source: Chen et al., A simple fixed-point approach to invert a deformation field, Medical Physics 35 (2008), eq. 9.
     """
-    points = flat_points(grid) if like is None else flat_points(grid, like.device, like.dtype)
+    points = _points_for(transform, grid, like)
     inverse = points
     for _ in range(iterations):
         inverse = points - (transform(inverse) - inverse)
@@ -323,9 +349,34 @@ def _unit_orders(axis: int, dim: int) -> tuple[int, ...]:
     return tuple(int(k == axis) for k in range(dim))
 
 
-def _check_points(points: Tensor, dim: int) -> None:
+def _points_for(transform: Transform, grid: Grid, like: Tensor | None) -> Float[Tensor, "1 n d"]:
+    like = next(_tensors(transform), None) if like is None else like
+    return flat_points(grid) if like is None else flat_points(grid, like.device, like.dtype)
+
+
+def _tensors(transform: Transform) -> Iterator[Tensor]:
+    """The tensors of a transform, and of those it is made of."""
+    for value in vars(transform).values():
+        for part in value if isinstance(value, tuple) else (value,):
+            if isinstance(part, Tensor):
+                yield part
+            elif isinstance(part, Transform):
+                yield from _tensors(part)
+
+
+def _check_field(field: Tensor, grid: Grid) -> None:
+    if tuple(field.shape[1:]) != (*grid.shape, grid.dim):
+        raise ValueError(
+            f"A field on this grid is batch x {' x '.join(map(str, grid.shape))} x {grid.dim}, "
+            f"but the tensor is {' x '.join(map(str, field.shape))}."
+        )
+
+
+def _check_points(points: Tensor, dim: int, batch: int = 1) -> None:
     if points.ndim != 3 or points.shape[-1] != dim:
         raise ValueError(
             f"A {dim}D transform moves points of shape batch x number x {dim}, "
             f"not {' x '.join(map(str, points.shape))}."
         )
+    if len({points.shape[0], batch} - {1}) > 1:
+        raise ValueError(f"A batch of {batch} transforms does not fit {points.shape[0]} sets of points.")
