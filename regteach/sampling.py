@@ -12,6 +12,7 @@ Source: Jaderberg et al., Spatial Transformer Networks, NeurIPS 2015, eqs 3 and 
 
 import math
 from collections.abc import Callable
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,14 @@ from regteach.grid import Grid, per_axis
 
 PADDINGS = ("border", "zeros")
 Mapping = Callable[[Tensor], Tensor]  # points "b n d" in fixed mm -> "b n d" in moving mm
+
+
+@runtime_checkable
+class GridMapping(Protocol):
+    """A mapping that can also give its displacement on a whole grid, which is often faster than point by point."""
+
+    def displacement_on(self, grid: Grid, like: Tensor | None = None) -> Float[Tensor, "b *grid d"]:
+        """Moving minus fixed position at every voxel of ``grid``, mm."""
 
 
 def grid_points(
@@ -96,7 +105,7 @@ def sample(
 
 def warp(
     image: Float[Tensor, "b c *grid"],
-    transform: Mapping,
+    transform: Mapping | GridMapping,
     grid: Grid,
     out_grid: Grid | None = None,
     order: int = 1,
@@ -106,15 +115,20 @@ def warp(
 
     Args:
         image: the moving image, on ``grid``.
-        transform: maps fixed points to moving points, both ``b n d`` in mm.
+        transform: maps fixed points to moving points, both ``b n d`` in mm: any function, or a transform of
+            ``regteach.transforms``.
         grid: grid of the moving image.
         out_grid: grid of the fixed image; the same as ``grid`` where left out.
         order: 1 linear, 0 nearest (labels).
         padding: as in :func:`sample`.
     """
     out_grid = out_grid or grid
-    moved = transform(flat_points(out_grid, image.device, torch.promote_types(image.dtype, torch.float32)))
-    return sample(image, moved, grid, order, padding).unflatten(2, out_grid.shape)
+    points = grid_points(out_grid, image.device, torch.promote_types(image.dtype, torch.float32))
+    if isinstance(transform, GridMapping):
+        moved = points + transform.displacement_on(out_grid, like=points)
+    else:
+        moved = transform(points.reshape(1, out_grid.size, out_grid.dim)).unflatten(1, out_grid.shape)
+    return sample(image, moved, grid, order, padding)
 
 
 def resample(

@@ -37,6 +37,18 @@ class Transform(ABC):
     def jacobian(self, points: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d d"]:
         """Matrix of partial derivatives at each fixed point, analytic where the class says so."""
 
+    def displacement_on(self, grid: Grid, like: Tensor | None = None) -> Float[Tensor, "b *grid d"]:
+        """transform(x) - x at every voxel of ``grid``, mm: what :func:`displacement` and ``sampling.warp`` use.
+
+        This is the plain way; a class overrides it where it knows a faster one with the same numbers.
+        """
+        points = _points_for(self, grid, like)
+        return (self(points) - points).unflatten(1, grid.shape)
+
+    def jacobian_on(self, grid: Grid, like: Tensor | None = None) -> Float[Tensor, "b *grid d d"]:
+        """Jacobian at every voxel of ``grid``; overridden like :meth:`displacement_on`."""
+        return self.jacobian(_points_for(self, grid, like)).unflatten(1, grid.shape)
+
     def inverse(self) -> "Transform":
         """Moving points to fixed points.
 
@@ -156,17 +168,18 @@ class FreeForm(Transform):
         ]
         return torch.stack(slopes, dim=-1) + torch.eye(self.grid.dim).to(points)
 
-    def displacement_on(self, grid: Grid) -> Float[Tensor, "b *grid d"]:
+    def displacement_on(self, grid: Grid, like: Tensor | None = None) -> Float[Tensor, "b *grid d"]:
         """Displacement at the voxels of ``grid``, mm: the separable evaluation, much faster than point by point."""
-        return bspline.evaluate_grid(self.coefficients, self.grid, grid)
+        return bspline.evaluate_grid(_as(self.coefficients, like), self.grid, grid)
 
-    def jacobian_on(self, grid: Grid) -> Float[Tensor, "b *grid d d"]:
+    def jacobian_on(self, grid: Grid, like: Tensor | None = None) -> Float[Tensor, "b *grid d d"]:
         """Jacobian at the voxels of ``grid`` (analytic, separable)."""
+        coefficients = _as(self.coefficients, like)
         slopes = [
-            bspline.evaluate_grid(self.coefficients, self.grid, grid, _unit_orders(axis, grid.dim))
+            bspline.evaluate_grid(coefficients, self.grid, grid, _unit_orders(axis, grid.dim))
             for axis in range(grid.dim)
         ]
-        return torch.stack(slopes, dim=-1) + torch.eye(grid.dim).to(self.coefficients)
+        return torch.stack(slopes, dim=-1) + torch.eye(grid.dim).to(coefficients)
 
 
 @dataclass(frozen=True)
@@ -195,6 +208,10 @@ class Dense(Transform):
         channels = slopes.movedim(-1, 2).flatten(1, 2)  # b (i k) *grid
         values = sample(channels, points, self.grid).movedim(1, -1)
         return values.unflatten(-1, (self.grid.dim,) * 2) + torch.eye(self.grid.dim).to(points)
+
+    def displacement_on(self, grid: Grid, like: Tensor | None = None) -> Float[Tensor, "b *grid d"]:
+        """The displacements themselves on their own grid, which needs no interpolation; elsewhere interpolated."""
+        return _as(self.displacement, like) if grid == self.grid else super().displacement_on(grid, like)
 
 
 @dataclass(frozen=True)
@@ -230,6 +247,10 @@ class Velocity(Transform):
     def inverse(self) -> "Velocity":
         """exp(-v)."""
         return Velocity(-self.velocity, self.grid, self.steps)
+
+    def displacement_on(self, grid: Grid, like: Tensor | None = None) -> Float[Tensor, "b *grid d"]:
+        """The integrated displacement, without interpolation on the field's own grid."""
+        return self.integrated().displacement_on(grid, like)
 
     def integrated(self) -> Dense:
         """The displacement exp(v) - id on the grid."""
@@ -294,18 +315,12 @@ def displacement(transform: Transform, grid: Grid, like: Tensor | None = None) -
 
     ``like`` gives device and dtype; without it they are those of the transform's own tensors.
     """
-    if isinstance(transform, FreeForm):
-        return transform.displacement_on(grid)
-    points = _points_for(transform, grid, like)
-    return (transform(points) - points).unflatten(1, grid.shape)
+    return transform.displacement_on(grid, like)
 
 
 def jacobian_determinant(transform: Transform, grid: Grid, like: Tensor | None = None) -> Float[Tensor, "b *grid"]:
     """det J at every voxel: 1 keeps volume, below 1 shrinks, 0 or less folds."""
-    if isinstance(transform, FreeForm):
-        return determinant(transform.jacobian_on(grid))
-    points = _points_for(transform, grid, like)
-    return determinant(transform.jacobian(points)).unflatten(1, grid.shape)
+    return determinant(transform.jacobian_on(grid, like))
 
 
 def determinant(matrices: Float[Tensor, "*any d d"]) -> Float[Tensor, "*any"]:
@@ -343,6 +358,10 @@ def fixed_point_inverse(
     residual = (transform(inverse) - points).norm(dim=-1).amax(-1)
     shift = (inverse - points).unflatten(1, grid.shape)
     return Dense(shift, grid), residual
+
+
+def _as(tensor: Tensor, like: Tensor | None) -> Tensor:
+    return tensor if like is None else tensor.to(like)
 
 
 def _unit_orders(axis: int, dim: int) -> tuple[int, ...]:

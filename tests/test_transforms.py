@@ -20,7 +20,7 @@ from truths.fields import (
 
 from regteach import bspline
 from regteach.grid import Grid
-from regteach.sampling import flat_points
+from regteach.sampling import flat_points, warp
 from regteach.transforms import (
     Affine,
     Compose,
@@ -147,6 +147,15 @@ def test_displacement_and_determinant_are_the_transform_at_the_voxels(grid, name
     torch.testing.assert_close(displacement(transform, grid, like=points), expected, rtol=0, atol=1e-11)
     expected = torch.linalg.det(transform.jacobian(points)).reshape(1, *grid.shape)
     torch.testing.assert_close(jacobian_determinant(transform, grid, like=points), expected, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_warping_by_grid_is_warping_point_by_point(grid, name):
+    transform = examples(grid)[name]
+    image = torch.rand(1, 2, *grid.shape, dtype=F64)
+    for out in (grid, grid.with_spacing(1.3)):
+        by_points = warp(image, lambda points, t=transform: t(points), grid, out)
+        torch.testing.assert_close(warp(image, transform, grid, out), by_points, atol=1e-10, rtol=0)
 
 
 @pytest.mark.parametrize("name", WITH_TENSORS)
