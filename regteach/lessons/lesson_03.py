@@ -10,29 +10,37 @@ from regteach.lessons.exercises import Exercise, Mistake
 Mapping = Callable[[Tensor], Tensor]
 
 
-def correlation(a: Tensor, b: Tensor) -> Tensor:
-    """Covariance divided by both standard deviations."""
+def correlation(a: Tensor, b: Tensor, mask: Tensor) -> Tensor:
+    """Covariance divided by both standard deviations, of the masked pixels."""
+    a, b = a[mask], b[mask]
     a, b = a - a.mean(), b - b.mean()
     return (a * b).sum() / ((a**2).sum() * (b**2).sum()).sqrt()
 
 
-def _no_means(a: Tensor, b: Tensor) -> Tensor:
+def _no_mask(a: Tensor, b: Tensor, mask: Tensor) -> Tensor:
+    return correlation(a, b, torch.ones_like(mask))
+
+
+def _means_of_all(a: Tensor, b: Tensor, mask: Tensor) -> Tensor:
+    a, b = (a - a.mean())[mask], (b - b.mean())[mask]
     return (a * b).sum() / ((a**2).sum() * (b**2).sum()).sqrt()
 
 
-def _no_root(a: Tensor, b: Tensor) -> Tensor:
+def _zeros_outside(a: Tensor, b: Tensor, mask: Tensor) -> Tensor:
+    return correlation(a * mask, b * mask, torch.ones_like(mask))
+
+
+def _no_root(a: Tensor, b: Tensor, mask: Tensor) -> Tensor:
+    a, b = a[mask], b[mask]
     a, b = a - a.mean(), b - b.mean()
     return (a * b).sum() / ((a**2).sum() * (b**2).sum())
 
 
-def _covariance(a: Tensor, b: Tensor) -> Tensor:
-    return ((a - a.mean()) * (b - b.mean())).mean()
-
-
-def _two_images() -> list[tuple[Tensor, Tensor]]:
+def _two_images() -> list[tuple[Tensor, Tensor, Tensor]]:
     rng = torch.Generator().manual_seed(3)
-    a = torch.rand(5, 7, generator=rng)
-    return [(a, 0.3 * a + 0.2 * torch.rand(5, 7, generator=rng) + 1), (a, 2 - a)]
+    a, mask = torch.rand(5, 7, generator=rng), torch.rand(5, 7, generator=rng) > 0.4
+    b = torch.where(mask, 2 - a, torch.zeros(())) + 0.2 * torch.rand(5, 7, generator=rng)
+    return [(a, b, mask), (b, 0.3 * a + 1, mask)]
 
 
 def information(counts: Tensor) -> Tensor:
@@ -41,6 +49,12 @@ def information(counts: Tensor) -> Tensor:
     independent = p.sum(1, keepdim=True) * p.sum(0, keepdim=True)
     full = p > 0
     return (p[full] * (p[full] / independent[full]).log()).sum()
+
+
+def _counts_for_shares(counts: Tensor) -> Tensor:
+    independent = counts.sum(1, keepdim=True) * counts.sum(0, keepdim=True)
+    full = counts > 0
+    return (counts[full] * (counts[full] / independent[full]).log()).sum()
 
 
 def _bits(counts: Tensor) -> Tensor:
@@ -99,6 +113,10 @@ def _largest(there: Tensor, back: Tensor) -> Tensor:
     return torch.maximum(there.max(), back.max())
 
 
+def _mean_of_both(there: Tensor, back: Tensor) -> Tensor:
+    return (there.quantile(0.95) + back.quantile(0.95)) / 2
+
+
 def _one_way(there: Tensor, back: Tensor) -> Tensor:
     return there.quantile(0.95)
 
@@ -115,6 +133,10 @@ def tre_mm(transform: Mapping, fixed_vox: Tensor, moving_vox: Tensor, spacing: T
 
 def _in_voxels(transform: Mapping, fixed_vox: Tensor, moving_vox: Tensor, spacing: Tensor) -> Tensor:
     return (transform(fixed_vox) - moving_vox).norm(dim=-1).mean()
+
+
+def _back_to_voxels(transform: Mapping, fixed_vox: Tensor, moving_vox: Tensor, spacing: Tensor) -> Tensor:
+    return (transform(fixed_vox * spacing) / spacing - moving_vox).norm(dim=-1).mean()
 
 
 def _wrong_way(transform: Mapping, fixed_vox: Tensor, moving_vox: Tensor, spacing: Tensor) -> Tensor:
@@ -137,26 +159,29 @@ def _landmarks() -> list[tuple[Mapping, Tensor, Tensor, Tensor]]:
 EXERCISES = [
     Exercise(
         id="e1",
-        title="the correlation coefficient",
+        title="correlation inside a mask",
         objective="o1",
         reference=correlation,
         cases=_two_images,
-        hint="Take away each mean, add up the products, and divide by the root of the product of both sums of squares.",
+        hint="Take the masked pixels, `a[mask]`, and then do as for a whole image.",
         mistakes=[
             Mistake(
-                "means left in",
-                _no_means,
-                "Close. This is the cosine between the images. What must brightness not change? Take it away first.",
+                "mask ignored", _no_mask, "Every pixel has voted, the background too. Where does the mask come in?"
+            ),
+            Mistake(
+                "means of the whole image",
+                _means_of_all,
+                "Close. The means that you took away are those of the whole image; the mask comes first.",
+            ),
+            Mistake(
+                "zeros outside",
+                _zeros_outside,
+                "Multiplying by the mask makes the background 0, and zeros still vote. Select pixels with `a[mask]`.",
             ),
             Mistake(
                 "no root",
                 _no_root,
                 "The numerator has the unit grey times grey, your denominator has it squared. What makes them equal?",
-            ),
-            Mistake(
-                "covariance",
-                _covariance,
-                "That is the covariance: it still grows when the contrast does. Divide by both standard deviations.",
             ),
         ],
     ),
@@ -168,6 +193,11 @@ EXERCISES = [
         cases=_counts,
         hint="Make shares of the counts, then the row sums and the column sums, and add p log(p / (row * column)).",
         mistakes=[
+            Mistake(
+                "counts for shares",
+                _counts_for_shares,
+                "These are counts. Divide by their sum first: shares add up to 1.",
+            ),
             Mistake("bits", _bits, "The number is right in bits. A nat uses the natural logarithm."),
             Mistake(
                 "joint entropy",
@@ -215,6 +245,7 @@ EXERCISES = [
                 _pooled,
                 "Some tools pool both directions first, which gives a smaller number. Here each has its own.",
             ),
+            Mistake("mean of both", _mean_of_both, "Some tools average the two directions. Here the worse one counts."),
             Mistake("largest", _largest, "That is the full Hausdorff distance: one stray pixel decides it."),
             Mistake("one way", _one_way, "A small mask inside a large one is near it; the way back is far. Use both."),
         ],
