@@ -12,7 +12,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOME = {
-    "Affine": "transforms",
+    "Affine": "affine",
     "Compose": "transforms",
     "Dense": "transforms",
     "FreeForm": "transforms",

@@ -1,4 +1,4 @@
-"""The parts of an affine transform, and how far each may go.
+"""Affine transforms: the transform itself, the parts it is made of, and how far each may go.
 
     M = Q S Q^T K R,   y = M (x - c) + c + t
 
@@ -15,7 +15,58 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from regteach.transforms import Affine
+from regteach.transforms import NotInvertibleError, Transform, check_points
+
+
+@dataclass(frozen=True)
+class Affine(Transform):
+    """y = M (x - c) + c + t: turns, scales and shears about a centre, then shifts.
+
+    Args:
+        matrix: M, ``b d d``.
+        translation: t, ``b d``, mm.
+        centre: c, ``d`` or ``b d``, mm: the point that M leaves in place, normally the middle of the fixed grid.
+    """
+
+    matrix: Float[Tensor, "b d d"]
+    translation: Float[Tensor, "b d"]
+    centre: Tensor
+
+    def __post_init__(self) -> None:
+        dim = self.matrix.shape[-1]
+        fits = self.matrix.shape[1:] == (dim, dim) and self.translation.shape[1:] == self.centre.shape[-1:] == (dim,)
+        if not fits:
+            raise ValueError(
+                f"An affine needs a matrix b x d x d, a translation b x d and a centre d or b x d, not "
+                f"{tuple(self.matrix.shape)}, {tuple(self.translation.shape)} and {tuple(self.centre.shape)}."
+            )
+
+    def __call__(self, points: Tensor) -> Tensor:
+        """M (x - c) + c + t."""
+        check_points(points, self.matrix.shape[-1], len(self.matrix))
+        centre = self._centre()
+        moved = (points - centre) @ self.matrix.transpose(-1, -2)
+        return moved + centre + self.translation[:, None]
+
+    def jacobian(self, points: Tensor) -> Tensor:
+        """M at every point (analytic)."""
+        batch = max(points.shape[0], self.matrix.shape[0])
+        return self.matrix[:, None].expand(batch, points.shape[1], -1, -1)
+
+    def inverse(self) -> "Affine":
+        """x = M^-1 (y - c) + c - M^-1 t.
+
+        Raises:
+            NotInvertibleError: if M is singular.
+        """
+        if bool((torch.linalg.det(self.matrix).abs() < 1e-8).any()):
+            raise NotInvertibleError("This affine matrix is singular: it flattens space, and has no inverse.")
+        inverse = torch.linalg.inv(self.matrix)
+        shift = -(inverse @ self.translation[..., None])[..., 0]
+        return Affine(inverse, shift, self.centre)
+
+    def _centre(self) -> Tensor:
+        return self.centre.to(self.matrix).reshape(-1, 1, self.matrix.shape[-1])
 
 
 @dataclass(frozen=True)

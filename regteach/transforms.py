@@ -68,7 +68,7 @@ class Identity(Transform):
 
     def __call__(self, points: Tensor) -> Tensor:
         """The points themselves."""
-        _check_points(points, self.dim)
+        check_points(points, self.dim)
         return points
 
     def jacobian(self, points: Tensor) -> Tensor:
@@ -78,57 +78,6 @@ class Identity(Transform):
     def inverse(self) -> "Identity":
         """Itself."""
         return self
-
-
-@dataclass(frozen=True)
-class Affine(Transform):
-    """y = M (x - c) + c + t: turns, scales and shears about a centre, then shifts.
-
-    Args:
-        matrix: M, ``b d d``.
-        translation: t, ``b d``, mm.
-        centre: c, ``d`` or ``b d``, mm: the point that M leaves in place, normally the middle of the fixed grid.
-    """
-
-    matrix: Float[Tensor, "b d d"]
-    translation: Float[Tensor, "b d"]
-    centre: Tensor
-
-    def __post_init__(self) -> None:
-        dim = self.matrix.shape[-1]
-        fits = self.matrix.shape[1:] == (dim, dim) and self.translation.shape[1:] == self.centre.shape[-1:] == (dim,)
-        if not fits:
-            raise ValueError(
-                f"An affine needs a matrix b x d x d, a translation b x d and a centre d or b x d, not "
-                f"{tuple(self.matrix.shape)}, {tuple(self.translation.shape)} and {tuple(self.centre.shape)}."
-            )
-
-    def __call__(self, points: Tensor) -> Tensor:
-        """M (x - c) + c + t."""
-        _check_points(points, self.matrix.shape[-1], len(self.matrix))
-        centre = self._centre()
-        moved = (points - centre) @ self.matrix.transpose(-1, -2)
-        return moved + centre + self.translation[:, None]
-
-    def jacobian(self, points: Tensor) -> Tensor:
-        """M at every point (analytic)."""
-        batch = max(points.shape[0], self.matrix.shape[0])
-        return self.matrix[:, None].expand(batch, points.shape[1], -1, -1)
-
-    def inverse(self) -> "Affine":
-        """x = M^-1 (y - c) + c - M^-1 t.
-
-        Raises:
-            NotInvertibleError: if M is singular.
-        """
-        if bool((torch.linalg.det(self.matrix).abs() < 1e-8).any()):
-            raise NotInvertibleError("This affine matrix is singular: it flattens space, and has no inverse.")
-        inverse = torch.linalg.inv(self.matrix)
-        shift = -(inverse @ self.translation[..., None])[..., 0]
-        return Affine(inverse, shift, self.centre)
-
-    def _centre(self) -> Tensor:
-        return self.centre.to(self.matrix).reshape(-1, 1, self.matrix.shape[-1])
 
 
 @dataclass(frozen=True)
@@ -157,7 +106,7 @@ class FreeForm(Transform):
 
     def __call__(self, points: Tensor) -> Tensor:
         """x + sum_k B(x - k) c_k."""
-        _check_points(points, self.grid.dim, len(self.coefficients))
+        check_points(points, self.grid.dim, len(self.coefficients))
         return points + bspline.evaluate(self.coefficients, self.grid, points)
 
     def jacobian(self, points: Tensor) -> Tensor:
@@ -199,7 +148,7 @@ class Dense(Transform):
 
     def __call__(self, points: Tensor) -> Tensor:
         """x + u(x)."""
-        _check_points(points, self.grid.dim, len(self.displacement))
+        check_points(points, self.grid.dim, len(self.displacement))
         return points + sample(self.displacement.movedim(-1, 1), points, self.grid).movedim(1, -1)
 
     def jacobian(self, points: Tensor) -> Tensor:
@@ -391,7 +340,8 @@ def _check_field(field: Tensor, grid: Grid) -> None:
         )
 
 
-def _check_points(points: Tensor, dim: int, batch: int = 1) -> None:
+def check_points(points: Tensor, dim: int, batch: int = 1) -> None:
+    """Raise a ValueError unless ``points`` is ``b n d`` and its batch fits that of a transform."""
     if points.ndim != 3 or points.shape[-1] != dim:
         raise ValueError(
             f"A {dim}D transform moves points of shape batch x number x {dim}, "

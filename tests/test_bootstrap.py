@@ -33,7 +33,7 @@ optional-dependencies.test = ["tool"]
 """
 
 # The smallest backend that can make an editable install.
-BACKEND = '''
+BACKEND = """
 import os
 import zipfile
 
@@ -47,7 +47,7 @@ def build_editable(wheel_directory, config_settings=None, metadata_directory=Non
         wheel.writestr(f"{INFO}/WHEEL", "Wheel-Version: 1.0\\nRoot-Is-Purelib: true\\nTag: py3-none-any\\n")
         wheel.writestr(f"{INFO}/RECORD", "")
     return name
-'''
+"""
 
 CLI = """
 import sys, tiny
@@ -189,9 +189,7 @@ def pretend_old(project: Path, path: str) -> subprocess.CompletedProcess[str]:
 def test_an_old_python_alone_gets_one_sentence(project: Path):
     done = pretend_old(project, path="")
     assert done.returncode == 1
-    assert done.stderr == (
-        "regteach: the course needs Python 3.11, 3.12 or 3.13; this is 3.9, and PATH has no other\n"
-    )
+    assert done.stderr == ("regteach: the course needs Python 3.11, 3.12 or 3.13; this is 3.9, and PATH has no other\n")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="the shims are shell scripts")

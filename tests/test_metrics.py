@@ -14,6 +14,7 @@ from torch import Tensor
 from truths.fields import GRIDS, LinearField, one_sentence, points_inside, positions
 from truths.phantoms import ball
 
+from regteach.affine import Affine
 from regteach.grid import Grid
 from regteach.metrics import (
     average_surface_distance,
@@ -27,7 +28,7 @@ from regteach.metrics import (
     surface_distances,
     target_registration_error,
 )
-from regteach.transforms import Affine, Dense, FreeForm, Identity, jacobian_determinant
+from regteach.transforms import Dense, FreeForm, Identity, jacobian_determinant
 
 NAN, INF = float("nan"), float("inf")
 

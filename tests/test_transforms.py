@@ -19,10 +19,10 @@ from truths.fields import (
 )
 
 from regteach import bspline
+from regteach.affine import Affine
 from regteach.grid import Grid
 from regteach.sampling import flat_points, warp
 from regteach.transforms import (
-    Affine,
     Compose,
     Dense,
     FreeForm,

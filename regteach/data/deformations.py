@@ -27,9 +27,9 @@ import torch
 from torch import Tensor
 
 from regteach import bspline
-from regteach.affine import AffineBounds
+from regteach.affine import Affine, AffineBounds
 from regteach.grid import Grid
-from regteach.transforms import Affine, Compose, Dense, FreeForm, Sum, determinant
+from regteach.transforms import Compose, Dense, FreeForm, Sum, determinant
 
 T = TypeVar("T")
 

@@ -105,7 +105,13 @@ def _two_affines() -> list[tuple[Numbers, np.ndarray, np.ndarray]]:
 
 
 def left_side(affine: np.ndarray) -> tuple[int, str]:
-    """The array axis that runs between left and right, and the end of it ("start" or "end") that is left."""
+    """The array axis that runs most nearly between left and right, and its end ("start" or "end") that is left."""
+    towards_right = affine[0, :3] / np.linalg.norm(affine[:3, :3], axis=0)
+    axis = int(np.abs(towards_right).argmax())
+    return axis, "start" if towards_right[axis] > 0 else "end"
+
+
+def _longest_step(affine: np.ndarray) -> tuple[int, str]:
     axis = int(np.abs(affine[0, :3]).argmax())
     return axis, "start" if affine[0, axis] > 0 else "end"
 
@@ -133,7 +139,8 @@ def _orientations() -> list[tuple[np.ndarray]]:
     las = _affine([(-1, 0, 0), (0, 1, 0), (0, 0, 3)], (90, -120, -70))
     psr = _affine([(0, -1, 0), (0, 0, 1), (0.8, 0, 0)], (-70, 110, -70))
     asl = _affine([(0.1, 1.2, 0), (0, 0, 1), (-2, 0.05, 0)], (80, -100, -70))
-    return [(ras,), (las,), (psr,), (asl,)]
+    thick = _affine([(0.966, 0, -0.259), (0, 1, 0), (1.294, 0, 4.83)], (-90, -120, -70))  # 5 mm, tilted by 15 degrees
+    return [(ras,), (las,), (psr,), (asl,), (thick,)]
 
 
 EXERCISES = [
@@ -252,7 +259,8 @@ EXERCISES = [
         objective="o5",
         reference=left_side,
         cases=_orientations,
-        hint="x is row 0 of the affine. Find its largest entry in size among the first three, then look at the sign.",
+        hint="x is row 0 of the affine. Which column points most nearly along x, whatever its length? "
+        "Then look at the sign.",
         mistakes=[
             Mistake(
                 "always axis 0",
@@ -273,6 +281,12 @@ EXERCISES = [
                 "column for row",
                 _column_for_row,
                 "Column 0 says where a step along array axis 0 goes. To find the axis that changes x, read row 0.",
+            ),
+            Mistake(
+                "length of the step kept",
+                _longest_step,
+                "A thick slice takes a long step, so even a small tilt changes x a lot. "
+                "Divide each column by its length first.",
             ),
         ],
     ),

@@ -206,16 +206,16 @@ def teaches(course, number, *names):
         ("import regteach\nregteach.warp(1)", "regteach.sampling.warp"),
         ("import regteach.sampling as s\ns.warp(1)", "regteach.sampling.warp"),
         ("from regteach import sampling\nsampling.warp(1)", "regteach.sampling.warp"),
-        ("from regteach.transforms import Affine", "regteach.transforms.Affine"),
-        ("import regteach\nregteach.transforms.Affine.identity(2)", "regteach.transforms.Affine.identity"),
+        ("from regteach.affine import Affine", "regteach.affine.Affine"),
+        ("import regteach\nregteach.affine.Affine.identity(2)", "regteach.affine.Affine.identity"),
     ],
 )
 def test_names_used_before_they_are_taught(course, source, name):
     with_cells(course, CLAIM, EXERCISE, ("early", source))
     assert checks.course_complaints(course) == [f"90_tiny uses {name}, which no lesson teaches"]
-    teaches(course, "91", "regteach.sampling.warp", "regteach.transforms.*")
+    teaches(course, "91", "regteach.sampling.warp", "regteach.affine.*")
     assert checks.course_complaints(course) == [f"90_tiny uses {name}, which lesson 91 teaches"]
-    teaches(course, "89", "regteach.sampling", "regteach.transforms.Affine")
+    teaches(course, "89", "regteach.sampling", "regteach.affine.Affine")
     assert checks.course_complaints(course) == []
 
 

@@ -43,7 +43,9 @@ def test_streams_and_errors_lose_their_terminal_colours():
 
 def test_scripts_and_what_other_hosts_hold_are_dropped():
     page = Page(Path("."))
-    page.add('<p>a<script src="https://x.invalid/a.js">alert(1)</script><link rel="x" href="https://x.invalid">b</p><br>c')
+    page.add(
+        '<p>a<script src="https://x.invalid/a.js">alert(1)</script><link rel="x" href="https://x.invalid">b</p><br>c'
+    )
     assert "".join(page.parts) == "<p>ab</p><br>c"
     with pytest.raises(ValueError, match=r"the image https://x\.invalid/a\.png is not a file beside the notebook"):
         page.add('<img src="https://x.invalid/a.png">')

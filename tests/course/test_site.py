@@ -130,5 +130,3 @@ def test_a_link_that_the_site_lacks_is_an_error_and_the_old_site_stays(tmp_path)
     with pytest.raises(ValueError, match=r"a link leads to \.\./nowhere\.ipynb, which the site does not have"):
         site.build(course)
     assert (course.build / "site" / "index.html").read_text(encoding="utf-8") == before
-
-

@@ -9,7 +9,7 @@ from scipy import stats
 from scipy.interpolate import RegularGridInterpolator
 from truths.fields import jacobian_by_autograd, one_sentence, points_inside
 
-from regteach.affine import AffineBounds
+from regteach.affine import Affine, AffineBounds
 from regteach.data.deformations import (
     FAMILIES,
     OCTAVES,
@@ -22,7 +22,7 @@ from regteach.data.deformations import (
     random_smooth,
 )
 from regteach.grid import Grid
-from regteach.transforms import Affine, Compose, Dense, FreeForm, Sum, determinant, displacement, jacobian_determinant
+from regteach.transforms import Compose, Dense, FreeForm, Sum, determinant, displacement, jacobian_determinant
 
 F64 = torch.zeros((), dtype=torch.float64)
 BOUNDS = AffineBounds(translation_mm=5.0, rotation_deg=25.0, scale_ratio=1.3, shear_ratio=0.1)
