@@ -224,7 +224,7 @@ EXERCISES = [
             Mistake(
                 "transposed",
                 _transposed,
-                "A transpose undoes a rotation, and nothing else. This matrix also stretches.",
+                "A transpose undoes a rotation or a mirror, but no stretch. This matrix also stretches.",
             ),
             Mistake(
                 "sign of the shift",
