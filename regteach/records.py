@@ -9,7 +9,7 @@ import html
 import json
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 KEY = "regteach"
 SHORTEST_ALT = 20
@@ -88,8 +88,16 @@ def picture(png: bytes, alt: str, dpi: float) -> str:
     )
 
 
-def figures(notebook: Mapping[str, Any]) -> list[tuple[bytes, str]]:
-    """Collect the figures of an executed notebook as pairs of PNG bytes and alt text, in order."""
+class Figure(NamedTuple):
+    """A figure of an executed notebook: the PNG's bytes, the alt text, and the id of the cell that drew it."""
+
+    png: bytes
+    alt: str
+    cell: str
+
+
+def figures(notebook: Mapping[str, Any]) -> list[Figure]:
+    """Collect the figures of an executed notebook, in order."""
     found = []
     for cell in notebook["cells"]:
         for output in cell.get("outputs", ()):
@@ -97,5 +105,5 @@ def figures(notebook: Mapping[str, Any]) -> list[tuple[bytes, str]]:
             if record.get("kind") == "figure":
                 match = re.search(r'src="data:image/png;base64,([^"]+)"', output["data"]["text/html"])
                 if match is not None:
-                    found.append((base64.b64decode(match[1]), record["alt"]))
+                    found.append(Figure(base64.b64decode(match[1]), record["alt"], cell.get("id", "")))
     return found

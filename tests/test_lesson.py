@@ -347,11 +347,12 @@ def test_the_quiz_needs_no_script(executed):
 
 def test_figures_are_read_back_with_their_alt_text(executed):
     found = figures(executed)
-    assert [alt for _, alt in found] == [
+    assert [figure.alt for figure in found] == [
         "A line on the diagonal, < 5 pixels.",
         "A line gets brighter. Frames for k: 1, 2, 3.",
     ]
-    assert all(data.startswith(b"\x89PNG") for data, _ in found)
+    assert all(figure.png.startswith(b"\x89PNG") for figure in found)
+    assert all(figure.cell in {cell["id"] for cell in executed["cells"]} for figure in found)
     assert 'alt="A line on the diagonal, &lt; 5 pixels."' in executed["cells"][5]["outputs"][0]["data"]["text/html"]
 
 

@@ -22,6 +22,7 @@ from regteach.course.layout import Course, NotebookFile
 from regteach.course.page import MATHEMATICS, mathematics
 from regteach.lessons import LessonError, LessonText, load
 from regteach.lessons.exercises import Exercise, load_exercises
+from regteach.records import records
 
 LONGEST_CELL, SHORTEST_ALT = 25, 20
 PARAMETERS = {"FAST": True, "SEED": 0, "DEVICE": "auto"}
@@ -181,6 +182,12 @@ def objectives(notebook: Notebook) -> list[str]:
     return complaints + [f"there is no objective {id}" for id in sorted(map(str, met - {*known, None}))]
 
 
+def picture(notebook: Notebook) -> list[str]:
+    """The cell that gives the lesson's picture on the site is there, and shows a figure."""
+    chosen, shown = notebook.text.picture, {cell["id"] for cell, _ in notebook.calls("show", "film")}
+    return [] if chosen in shown else [f"the lesson's picture is that of cell {chosen!r}, which shows no figure"]
+
+
 def exercises(notebook: Notebook) -> list[str]:
     """Every exercise of the lesson is checked in the notebook, and no other."""
     checked = _checked(notebook)
@@ -262,7 +269,7 @@ ALL: tuple[Callable[[Notebook], list[str]], ...] = (
 def notebook_complaints(file: NotebookFile) -> list[str]:
     """All complaints about one notebook by itself; objectives are a lesson's matter, not its solutions'."""
     notebook = Notebook(file.path, file.course)
-    checks = (*ALL, objectives) if file.kind == "lesson" else ALL
+    checks = (*ALL, objectives, picture) if file.kind == "lesson" else ALL
     found = [complaint for check in checks for complaint in check(notebook)]
     return found + (companions(file) if file.kind == "lesson" else [])
 
@@ -276,9 +283,11 @@ def course_complaints(course: Course) -> list[str]:
 
 
 def executed_complaints(output: Path) -> list[str]:
-    """Every image of an executed notebook says in words what it shows."""
-    complaints = []
-    for cell in nbformat.read(output, as_version=4)["cells"]:
+    """Every image of an executed notebook says in words what it shows, and no two claims share an id."""
+    notebook = nbformat.read(output, as_version=4)
+    claims = [record["id"] for record in records(notebook) if record["kind"] == "claim"]
+    complaints = [f"the claim {id} is made twice" for id in sorted({id for id in claims if claims.count(id) > 1})]
+    for cell in notebook["cells"]:
         for result in cell.get("outputs", ()):
             data, metadata = result.get("data", {}), result.get("metadata", {})
             images = [mime for mime in data if mime.startswith("image/")]

@@ -108,16 +108,15 @@ def _card(lesson: Lesson) -> str:
     picture = ""
     if outcome is not None:
         title = f'<a href="{lesson.address}">{title}</a>'
-        found = figures(lesson.executed)
-        if found:
-            picture = _image(*found[0])
+        chosen = [figure for figure in figures(lesson.executed) if figure.cell == text.picture]
+        if chosen:
+            picture = _image(chosen[0].png, chosen[0].alt)
     objectives = "".join(f"<li>{_words(o.text)}{_met(o.id, outcome)}</li>" for o in text.objectives)
     links = f'<a href="{lesson.teacher_address}">Instructor’s page</a>' if lesson.file.instructor.exists() else ""
     return (
-        f'<li class="card"><div class="picture">{picture}</div><div><h2>{title}</h2>'
-        f"<p>{_words(text.summary)}</p>{_facts(lesson)}"
+        f'<li class="card"><h2>{title}</h2><p>{_words(text.summary)}</p>{picture}{_facts(lesson)}'
         f'<details open><summary>Objectives</summary><ul class="objectives">{objectives}</ul></details>'
-        f'<p class="links">{links}</p></div></li>'
+        f'<p class="links">{links}</p></li>'
     )
 
 

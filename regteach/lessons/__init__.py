@@ -66,7 +66,7 @@ class Question:
 
 @dataclass(frozen=True)
 class LessonText:
-    """Everything that `NN.toml` says about a lesson."""
+    """Everything that `NN.toml` says about a lesson; `picture` is the id of the cell whose figure stands for it."""
 
     id: str
     title: str
@@ -77,6 +77,7 @@ class LessonText:
     self_check: tuple[SelfCheck, ...]
     quiz: tuple[Question, ...]
     next: str
+    picture: str
     teaches: tuple[str, ...] = ()
 
     def objective(self, id: str) -> Objective:
@@ -140,7 +141,7 @@ def _lesson(table: Any, where: str) -> LessonText:
                 f"the objectives are {_listed(known)}"
             )
     return LessonText(
-        **{name: _text(row[name], f"{where}: {name}") for name in ("id", "title", "summary", "next")},
+        **{name: _text(row[name], f"{where}: {name}") for name in ("id", "title", "summary", "next", "picture")},
         minutes=minutes,
         prerequisites=_strings(row["prerequisites"], f"{where}: prerequisites"),
         objectives=objectives,

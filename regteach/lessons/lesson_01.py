@@ -345,8 +345,8 @@ EXERCISES = [
         reference=register,
         cases=_pairs,
         observe=_how_good,
-        hint="Start from the detached network's answer, ask it for a gradient, and take Adam steps on "
-        "`energy(numbers).sum()`, as `optimise` does.",
+        hint="Start from a detached copy of the network's answer, tell torch with `requires_grad_()` that you want its "
+        "gradient, and take Adam steps on `energy(numbers).sum()`, as `optimise` does.",
         mistakes=[
             Mistake(
                 "from scratch",

@@ -16,6 +16,7 @@ id = "{id}"
 title = "A tiny lesson"
 summary = "It squares a number."
 next = "Nothing."
+picture = "figure-line"
 prerequisites = []
 teaches = []
 

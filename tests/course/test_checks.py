@@ -236,3 +236,17 @@ def test_executed_images_need_alt_texts(tmp_path):
     assert complaints == [
         f"cell a shows an image whose alt text is shorter than 20 characters: {alt!r}" for alt in ("short", "", "")
     ]
+
+
+def test_the_picture_of_a_lesson_is_a_figure_of_its_notebook(course):
+    assert checks.picture(with_cells(course, FIGURE)) == []
+    (complaint,) = checks.picture(with_cells(course, CLAIM))
+    assert complaint == "the lesson's picture is that of cell 'figure-line', which shows no figure"
+
+
+def test_a_claim_is_made_once(tmp_path):
+    record = {"regteach": {"kind": "claim", "id": "c1"}}
+    outputs = [nbformat.v4.new_output("display_data", {"text/plain": "held"}, metadata=record) for _ in range(2)]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1", id="a", outputs=outputs)])
+    nbformat.write(notebook, tmp_path / "a.ipynb")
+    assert checks.executed_complaints(tmp_path / "a.ipynb") == ["the claim c1 is made twice"]
