@@ -1,5 +1,8 @@
 """Sampling and warping, against SciPy, SimpleITK, numpy.gradient, closed forms and finite differences."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import SimpleITK as sitk
@@ -12,6 +15,7 @@ from torch import Tensor
 from truths.fields import GRIDS, LinearField, one_sentence, points_inside, positions
 from truths.phantoms import noise
 
+from regteach import sampling
 from regteach.grid import Grid
 from regteach.sampling import (
     flat_points,
@@ -377,3 +381,9 @@ def test_bad_input_gets_one_sentence(grid, call, said):
     with pytest.raises(ValueError) as caught:
         call(grid, image, points)
     assert one_sentence(caught.value, said.format(shape=" x ".join(map(str, grid.shape))))
+
+
+def test_grid_sample_is_called_in_one_module_only():
+    package = Path(sampling.__file__).parent
+    callers = {path.name for path in package.rglob("*.py") if re.search(r"\bgrid_sample\(", path.read_text("utf-8"))}
+    assert callers == {"sampling.py"}
