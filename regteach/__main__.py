@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from regteach.bootstrap import (
     venv_python,
 )
 
-HANDED_OVER = "REGTEACH_HANDED_OVER"
+HANDED_OVER, DATA = "REGTEACH_HANDED_OVER", "REGTEACH_DATA"
 USAGE = """usage: python -m regteach COMMAND [--help]
 
   course   execute every lesson, check its claims and build the site (build/site/index.html)
@@ -41,6 +42,9 @@ def main(argv: list[str] | None = None) -> int:
         The exit status.
     """
     argv = sys.argv[1:] if argv is None else argv
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a path may hold letters that the terminal's encoding lacks
+            stream.reconfigure(errors="backslashreplace")
     try:
         return _main(argv)
     except SetupError as error:
@@ -52,9 +56,15 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # `regteach doctor | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        print(f"regteach: {what}. The course writes into {ROOT}; it must be yours to write to.", file=sys.stderr)
+        return 1
 
 
 def _main(argv: list[str]) -> int:
+    if os.environ.get(DATA):  # the notebooks run in another folder: a relative path would lead elsewhere there
+        os.environ[DATA] = str(Path(os.environ[DATA]).expanduser().absolute())
     test, venv = argv[:1] == ["test"], ROOT / ".venv"
     if is_ready(ROOT, test):
         os.environ.pop(HANDED_OVER, None)
@@ -62,6 +72,9 @@ def _main(argv: list[str]) -> int:
     if not argv or {"-h", "--help"} & set(argv):
         print(USAGE)
         return 0
+    if argv[0] not in re.findall(r"^  ([a-z]+) ", USAGE, re.MULTILINE):
+        print(f"regteach: there is no command {argv[0]!r}\n\n{USAGE}", file=sys.stderr)
+        return 2
     if sys.version_info[:2] not in SUPPORTED:
         python = find_python(venv)
         if python is not None:

@@ -172,7 +172,7 @@ def set_up(root: Path, test: bool) -> Path:
         if os.name == "posix" and base != sys.executable:
             become(base, sys.argv[1:])
         raise SetupError(f"an earlier set-up was cut short: delete {venv} and run this again with another Python")
-    with _alone(root / "build" / "setup.lock"):
+    with alone(root / "build" / "setup.lock", "set-up"):
         if is_stamped(root, test):  # another set-up finished while this one waited
             return python
         _prepare(venv)
@@ -237,7 +237,7 @@ def _replace(path: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def _alone(path: Path) -> Iterator[None]:
+def alone(path: Path, what: str) -> Iterator[None]:
     """Hold a lock file, waiting for it where need be.
 
     The system lets go of it when its last holder dies. The pip that is started inherits it, so that a pip that outlives
@@ -247,7 +247,7 @@ def _alone(path: Path) -> Iterator[None]:
     with open(path, "w", encoding="utf-8") as file:
         os.set_inheritable(file.fileno(), True)
         if not _lock(file.fileno()):
-            print("Another set-up is under way; waiting for it.", flush=True)
+            print(f"Another {what} is under way; waiting for it.", flush=True)
             while not _lock(file.fileno()):
                 time.sleep(0.5)
         yield

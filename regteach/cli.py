@@ -59,7 +59,9 @@ class Lab:
         """Run the command and return the exit status."""
         from regteach.course import commands, student
 
-        return commands.fetch_data() or student.lab(browser=self.browser, port=self.port)
+        if commands.fetch_data():
+            print("Lessons that need the missing data will say so.", file=sys.stderr)
+        return student.lab(browser=self.browser, port=self.port)
 
 
 @dataclass(frozen=True)

@@ -252,3 +252,10 @@ def test_make_calls_the_same_commands():
         line = ["make", "-n", command, "ARGS=--all"]
         done = subprocess.run(line, cwd=bootstrap.ROOT, env=clean, capture_output=True, text=True, check=True)
         assert done.stdout.strip() == f"python3 -m regteach {command} --all"
+
+
+def test_a_command_that_does_not_exist_installs_nothing(project: Path):
+    done = regteach(project, "cuorse")
+    assert done.returncode == 2
+    assert "there is no command 'cuorse'" in done.stderr
+    assert not (project / ".venv").exists()

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -64,21 +65,24 @@ def test_a_wrong_value_is_one_sentence(capsys):
     assert capsys.readouterr().err.startswith("regteach: there is no lesson '77'; there are ")
 
 
-def test_data_that_cannot_be_had_stop_the_command(called, monkeypatch):
+def test_data_that_cannot_be_had_stop_the_course_but_not_the_lab(called, monkeypatch, capsys):
     monkeypatch.setattr(commands, "fetch_data", lambda: 4)
-    assert cli.main(["lab"]) == 4
+    assert cli.main(["test"]) == 4
     assert called == []
+    cli.main(["lab"])
+    assert len(called) == 1
+    assert capsys.readouterr().err == "Lessons that need the missing data will say so.\n"
 
 
 def test_embedded_data_are_fetched_only_where_some_are_absent(monkeypatch):
-    commands_run, there = [], {"mnist-5k"}
+    commands_run, there = [], {"mnist-5k": "present", "mni152": "partly"}
     monkeypatch.setattr(commands.subprocess, "call", lambda command, cwd: commands_run.append(command[1:]) or 3)
-    monkeypatch.setattr("data_download.present", lambda name: name in there)
-    entry = type("Entry", (), {"embedded": True})
-    monkeypatch.setattr("data_download.entries", lambda: {"mnist-5k": entry, "mni152": entry})
+    entries = {name: SimpleNamespace(embedded=True, name=name) for name in there}
+    monkeypatch.setattr("data_download.entries", lambda: entries)
+    monkeypatch.setattr("data_download.store.presence", lambda entry, base: SimpleNamespace(state=there[entry.name]))
     assert commands.fetch_data() == 3
     assert commands_run == [["-m", "data_download", "--embedded"]]
-    there.add("mni152")
+    there["mni152"] = "present"
     assert commands.fetch_data() == 0
     assert len(commands_run) == 1
 

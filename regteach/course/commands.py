@@ -5,7 +5,7 @@ import sys
 
 from rich.console import Console
 
-from regteach.bootstrap import ROOT
+from regteach.bootstrap import ROOT, alone
 from regteach.course import run, site
 from regteach.course.layout import Course
 
@@ -28,10 +28,11 @@ def course(only: tuple[str, ...] = (), *, full: bool = False, force: bool = Fals
 
 def execute_and_build(where: Course, console: Console, only: tuple[str, ...], settings: run.Settings) -> int:
     """The part of `course` that works on any course folder."""
-    results = run.run(where.files("lesson", only), settings, console)
-    run.explain(results, console)
-    index = site.build(where)
-    console.print(run.table(results))
+    with alone(where.build / "run.lock", "run of the course"):
+        results = run.run(where.files("lesson", only), settings, console)
+        run.explain(results, console)
+        console.print(run.table(results))
+        index = site.build(where)
     console.print(f"The site: {index}", soft_wrap=True)
     return int(not all(result.passed for result in results))
 
@@ -43,8 +44,9 @@ def fetch_data() -> int:
         The exit status: 0 when all of it is there.
     """
     import data_download
+    from data_download.store import presence
 
-    wanted = [name for name, entry in data_download.entries().items() if entry.embedded]
-    if all(map(data_download.present, wanted)):
+    wanted = [entry for entry in data_download.entries().values() if entry.embedded]
+    if all(presence(entry, data_download.root()).state == "present" for entry in wanted):
         return 0
     return subprocess.call([sys.executable, "-m", "data_download", "--embedded"], cwd=ROOT)

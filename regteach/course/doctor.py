@@ -172,9 +172,12 @@ def _disk(ready: bool) -> Finding:
 
 def _data() -> list[Finding]:
     import data_download
+    from data_download.store import presence
 
-    here = [name for name in data_download.entries() if data_download.present(name)]
-    lacking = [name for name, entry in data_download.entries().items() if entry.embedded and name not in here]
+    states = {name: presence(entry, data_download.root()).state for name, entry in data_download.entries().items()}
+    here = [name if state == "present" else f"{name} (partly)" for name, state in states.items() if state != "absent"]
+    embedded = [name for name, entry in data_download.entries().items() if entry.embedded]
+    lacking = [name for name in embedded if states[name] != "present"]
     found = f"{len(here)} of {len(data_download.entries())} sets in {data_download.root()}: {', '.join(here) or 'none'}"
     if lacking:
         to_do = f"python -m regteach course fetches {', '.join(lacking)}; or: python data_download --embedded"

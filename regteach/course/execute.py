@@ -131,7 +131,7 @@ def execute(order: Order) -> dict[str, Any]:
     logging.getLogger("papermill").addHandler(warnings)
     _Engine.notebook = _Engine.begun = None
     failure: dict[str, Any] | None = None
-    with tempfile.TemporaryDirectory(prefix="regteach-") as folder:
+    with tempfile.TemporaryDirectory(prefix="regteach-", ignore_cleanup_errors=True) as folder:
         os.environ["IPYTHONDIR"] = folder  # a person's own start-up files and history stay out
         os.environ["REGTEACH_NETWORK_LOG"] = str(Path(folder) / "network.log")
         watch.start()
@@ -159,6 +159,7 @@ def execute(order: Order) -> dict[str, Any]:
         network = Path(os.environ["REGTEACH_NETWORK_LOG"])
         asked = sorted(set(network.read_text(encoding="utf-8").splitlines())) if network.exists() else []
     executed = remove_error_markers(_Engine.notebook or notebook)
+    failure = failure or _ended_early(executed)
     found = records(executed)
     text = nbformat.writes(executed) + "\n"
     record = {
@@ -182,6 +183,15 @@ def place(path: Path, text: str) -> None:
     partial = path.with_name(f"{path.name}.{os.getpid()}.part")
     partial.write_text(text, encoding="utf-8", newline="\n")
     os.replace(partial, path)
+
+
+def _ended_early(executed: Any) -> dict[str, Any] | None:
+    """Papermill takes `sys.exit()` for an end as good as any; a lesson is not done before its last cell has run."""
+    code = [cell for cell in executed["cells"] if cell["cell_type"] == "code" and cell["source"].strip()]
+    unrun = [cell for cell in code if cell.get("execution_count") is None]
+    if not unrun:
+        return None
+    return _failure(f"it ended without an error before its end: {len(unrun)} cells did not run", [])
 
 
 def _failure(what: str, traceback: list[str]) -> dict[str, Any]:

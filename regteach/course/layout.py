@@ -52,6 +52,7 @@ class Course:
         folder = self.notebooks if kind == "lesson" else self.notebooks / "solutions"
         found = [NotebookFile(self, path, kind) for path in sorted(folder.glob("[0-9][0-9]_*.ipynb"))]
         numbers = [file.number for file in found]
+        only = tuple(number.zfill(2) for number in only)
         for number in only:
             if number not in numbers:
                 raise ValueError(f"there is no {kind} {number!r}; there are {', '.join(numbers) or 'none'}")
@@ -151,7 +152,12 @@ class Outcome:
         yield from self.data["problems"]
         for claim in self.claims:
             if not claim["held"]:
-                yield f"claim {claim['id']} fell: {claim['says']} is {claim['value']} {claim['unit']}. {claim['why']}"
+                ends = (("at least", claim["low"]), ("at most", claim["high"]))
+                band = " and ".join(f"{word} {end}" for word, end in ends if end is not None)
+                yield (
+                    f"claim {claim['id']} fell: {claim['says']} is {claim['value']} {claim['unit']},"
+                    f" not {band}. {claim['why']}"
+                )
         for exercise in self.exercises if self.data["kind"] == "solution" else ():
             if exercise["status"] != "correct":
                 yield f"exercise {exercise['id']} is {exercise['status']}: {exercise['message']}"

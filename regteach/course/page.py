@@ -60,15 +60,21 @@ class Page:
         for cell in cells:
             if HIDDEN_TAGS & set(cell["metadata"].get("tags", ())):
                 continue
-            kind = "text" if cell["cell_type"] == "markdown" else "code"
-            self.parts.append(f'<div class="cell {kind}" id="cell-{html.escape(cell.get("id", ""))}">\n')
-            if kind == "text":
-                self.add_markdown(cell["source"], cell.get("attachments"))
-            else:
-                self.add(Highlight2HTML(pygments_lexer="ipython3")(cell["source"]))
-                for output in cell.get("outputs", ()):
-                    self.add_output(output)
-            self.parts.append("</div>\n")
+            try:
+                self._add_cell(cell)
+            except ValueError as error:
+                raise ValueError(f"cell {cell.get('id')}: {error}") from error
+
+    def _add_cell(self, cell: Any) -> None:
+        kind = "text" if cell["cell_type"] == "markdown" else "code"
+        self.parts.append(f'<div class="cell {kind}" id="cell-{html.escape(cell.get("id", ""))}">\n')
+        if kind == "text":
+            self.add_markdown(cell["source"], cell.get("attachments"))
+        else:
+            self.add(Highlight2HTML(pygments_lexer="ipython3")(cell["source"]))
+            for output in cell.get("outputs", ()):
+                self.add_output(output)
+        self.parts.append("</div>\n")
 
     def add_output(self, output: Any) -> None:
         """Add one output of a code cell in the richest form that needs no kernel."""

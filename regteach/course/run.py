@@ -157,6 +157,7 @@ def _run_one(
     order = Order(str(file.path), str(file.output), file.kind, parameters, mark, timeout)
     log = file.output.with_suffix(".log")
     log.parent.mkdir(parents=True, exist_ok=True)
+    file.output.with_suffix(".json").unlink(missing_ok=True)  # an older result must not pass for that of this run
     bar = progress.add_task(file.title, total=None)
     if not console.is_terminal:
         console.print(f"{file.title}: started")

@@ -34,6 +34,8 @@ def start(lesson: str, to: Path = Path("my"), again: str = "", course: Course | 
     course = course or Course()
     if again and not re.fullmatch(r"[\w-]+", again):
         raise ValueError(f"a copy's name is made of letters, digits, - and _, not {again!r}")
+    if not re.fullmatch(r"\d{1,2}", lesson):
+        raise ValueError(f"a lesson is named by its number, such as 01, not {lesson!r}")
     (file,) = course.files(only=(lesson.zfill(2),))
     folder = course.root / to
     copy = folder / f"{file.name}{'_' + again if again else ''}.ipynb"

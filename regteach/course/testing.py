@@ -17,6 +17,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from regteach.bootstrap import alone
 from regteach.course import checks, run, site
 from regteach.course.layout import Course
 
@@ -60,6 +61,10 @@ class Bench:
 
     def notebooks(self) -> Count:
         """Papermill on every lesson and every solution, the site, and what can be said of outputs only."""
+        with alone(self.course.build / "run.lock", "run of the course"):
+            return self._notebooks()
+
+    def _notebooks(self) -> Count:
         files = self.course.files("lesson") + self.course.files("solution")
         results = run.run(files, run.Settings(force=self.force, jobs=self.jobs), self.console)
         run.explain(results, self.console)

@@ -188,11 +188,11 @@ def _outcomes(exercise: Exercise, answer: Any) -> list[Any]:
 
 
 def _observed(exercise: Exercise, output: Any) -> Any:
-    if exercise.observe is None or output is None or output is ...:
-        return _plain(output)
     try:
+        if exercise.observe is None or output is None or output is ...:
+            return _plain(output)
         return _plain(exercise.observe(output))
-    except Exception as error:  # an output of another kind, which `observe` cannot read
+    except Exception as error:  # an output of another kind, which `observe` or NumPy cannot read
         return _Failure(error)
 
 
@@ -214,7 +214,8 @@ def _same_seed() -> Iterator[None]:
 def _plain(value: Any) -> Any:
     """Bring tensors, arrays and numbers to arrays, and sequences of them to tuples, so that they compare."""
     if isinstance(value, torch.Tensor):
-        return value.detach().cpu().numpy()
+        value = value.detach().cpu()
+        return (value.float() if value.dtype is torch.bfloat16 else value).numpy()  # NumPy has no bfloat16
     if isinstance(value, bool | int | float | complex | np.generic):
         return np.asarray(value)
     if isinstance(value, list | tuple):

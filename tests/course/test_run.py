@@ -87,9 +87,23 @@ def test_only_what_changed_is_executed_again(tmp_path):
 def test_a_claim_that_falls_fails_the_lesson_and_is_never_taken_for_done(tmp_path):
     fallen = ("claim-more", 'claim("c2", 9.0, high=1.0, held=False, why="The value is outside the band.")')
     result, said = execute(make_light_course(tmp_path, fallen))
-    assert result.troubles == ["claim c2 fell: It is 9.0 mm. The value is outside the band."]
+    assert result.troubles == ["claim c2 fell: It is 9.0 mm, not at most 1.0. The value is outside the band."]
     assert "90: FAILED" in said
     assert not run.unchanged(result.file, run.fingerprint(result.file, run.Settings().parameters))
+
+
+def test_a_lesson_that_leaves_before_its_end_fails(tmp_path):
+    result, said = execute(make_light_course(tmp_path, ("leave", "import sys; sys.exit()"), ("after", "1 + 1")))
+    assert result.troubles == ["cell leave failed: it ended without an error before its end: 2 cells did not run"]
+    assert "90: FAILED" in said
+
+
+def test_an_older_result_does_not_stand_for_a_run_that_crashed(tmp_path):
+    course = make_light_course(tmp_path)
+    assert execute(course)[0].passed
+    course.files()[0].path.write_text("<<<<<<< HEAD")
+    assert not execute(course)[0].passed
+    assert not course.files()[0].output.with_suffix(".json").exists()
 
 
 def test_a_cell_that_takes_too_long_fails(tmp_path):
