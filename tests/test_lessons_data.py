@@ -309,3 +309,10 @@ def test_a_value_beside_its_band_shows_on_which_side_it_lies():
     assert render.numbers(0.9996, 0.9999, None) == ("0.9996", "at least 0.9999")
     assert render.numbers(0.5, 0.4, 0.6) == ("0.500", "0.4 to 0.6")
     assert render.numbers(1e-7, None, 1e-6) == ("1e-7", "at most 1e-6")
+
+
+@pytest.mark.parametrize("path", sorted(lessons.FOLDER.glob("lesson_*.py")), ids=lambda path: path.stem)
+def test_every_planted_answer_is_used(path):
+    source = path.read_text(encoding="utf-8")
+    for name in re.findall(r"^def (\w+)", source, re.MULTILINE):
+        assert len(re.findall(rf"\b{name}\b", source)) > 1, f"{name} is defined and never used"

@@ -258,6 +258,7 @@ EXERCISES = [
         cases=_landmarks,
         hint="Bring both landmarks to mm, send the fixed ones through the transform, and average the distances.",
         mistakes=[
+            Mistake("back to voxels", _back_to_voxels, "That distance is in voxels. The answer is wanted in mm."),
             Mistake(
                 "voxels", _in_voxels, "The transform expects millimetres, and the result is wanted in millimetres."
             ),
