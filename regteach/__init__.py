@@ -24,6 +24,8 @@ _HOME = {
     "displacement": "transforms",
     "grid_points": "sampling",
     "jacobian_determinant": "transforms",
+    "load": "checkpoints",
+    "register": "registration",
     "resample": "sampling",
     "sample": "sampling",
     "target_registration_error": "metrics",

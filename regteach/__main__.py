@@ -23,11 +23,14 @@ from regteach.bootstrap import (
 HANDED_OVER, DATA = "REGTEACH_HANDED_OVER", "REGTEACH_DATA"
 USAGE = """usage: python -m regteach COMMAND [--help]
 
-  course   execute every lesson, check its claims and build the site (build/site/index.html)
-  lab      open JupyterLab on this machine
-  start    make your own copy of a lesson: python -m regteach start 01
-  doctor   what is installed, what is missing, and what to do about it
-  test     everything that must hold before a change is published
+  course    execute every lesson, check its claims and build the site (build/site/index.html)
+  lab       open JupyterLab on this machine
+  start     make your own copy of a lesson: python -m regteach start 01
+  register  register two NIfTI files: python -m regteach register MOVING FIXED --model NAME
+  train     train a recipe
+  evaluate  list the models, or measure one
+  doctor    what is installed, what is missing, and what to do about it
+  test      everything that must hold before a change is published
 
 The first command sets up .venv beside pyproject.toml (Python 3.11 to 3.13 and a package index are all it needs)."""
 

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from regteach.precision import exactly
 from regteach.transforms import NotInvertibleError, Transform, check_points
 
 
@@ -41,6 +42,7 @@ class Affine(Transform):
                 f"{tuple(self.matrix.shape)}, {tuple(self.translation.shape)} and {tuple(self.centre.shape)}."
             )
 
+    @exactly
     def __call__(self, points: Tensor) -> Tensor:
         """M (x - c) + c + t."""
         check_points(points, self.matrix.shape[-1], len(self.matrix))
@@ -98,6 +100,7 @@ class AffineParts:
         zeros = [like.new_zeros(batch, n) for n in AffineBounds.counts(dim)]
         return AffineParts(zeros[0], zeros[1], zeros[2] + 1, zeros[3], zeros[4])
 
+    @exactly
     def matrix(self) -> Float[Tensor, "b d d"]:
         """M = Q S Q^T K R."""
         dim = self.translation.shape[-1]
@@ -165,6 +168,7 @@ class AffineBounds:
         )
 
 
+@exactly
 def rotation_matrix(angles_rad: Float[Tensor, "b a"]) -> Float[Tensor, "b d d"]:
     """Rotation from one angle (2D) or three (3D, R = R2 R1 R0: about axis 0 first).
 

@@ -23,6 +23,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from regteach.grid import Grid, per_axis
+from regteach.precision import exactly
+
+# A displacement whose coefficients stay below this part of the control spacing, in every component, can not fold.
+# Source: Choi and Lee, Injectivity conditions of 2D and 3D uniform cubic B-spline functions, Graph. Models 62 (2000).
+FOLD_FREE = {2: 1 / 2.046392675, 3: 1 / 2.479472335}
 
 
 def control_grid(grid: Grid, spacing_mm: float | Sequence[float]) -> Grid:
@@ -91,6 +96,7 @@ def evaluate(
     return total
 
 
+@exactly
 def evaluate_grid(
     coefficients: Float[Tensor, "b *ctrl e"], ctrl: Grid, grid: Grid, derivative: Sequence[int] | None = None
 ) -> Float[Tensor, "b *grid e"]:

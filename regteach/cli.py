@@ -1,6 +1,10 @@
-"""The command line: `regteach course | test | lab | start | doctor`, each command a dataclass read by tyro."""
+"""The command line: `regteach register | train | evaluate | course | test | lab | start | doctor`.
+
+Each command is a dataclass read by tyro.
+"""
 
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -94,12 +98,105 @@ class Doctor:
         return doctor.main([])
 
 
+@dataclass(frozen=True)
+class Register:
+    """Register two images; what it finds maps points of the fixed image to points of the moving one."""
+
+    moving: tyro.conf.Positional[Path]
+    """NIfTI file of the image that is moved."""
+    fixed: tyro.conf.Positional[Path]
+    """NIfTI file of the image that stays."""
+    model: str
+    """Name of a model, or a .safetensors file; `regteach evaluate` lists the names."""
+    out: Path = Path("registration")
+    """Folder for warped.nii.gz, displacement.nii.gz (ITK and ANTs read it) and report.json."""
+    refine: int = 50
+    """Steps of refinement on this pair; 0 is one pass of the network."""
+    labels: Path | None = None
+    """Label map on the moving image's grid; it is warped by nearest voxel to warped_labels.nii.gz."""
+    device: str = "auto"
+    """cpu, cuda, or auto."""
+
+    def __call__(self) -> int:
+        """Run the command and return the exit status."""
+        from regteach.registration import as_volume, register, writable
+
+        # What can be refused is refused before the work: nothing is written then.
+        writable(self.out)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # they come again as notes
+            labels = as_volume(self.labels, "the label map", labels=True) if self.labels else None
+            result = register(self.moving, self.fixed, self.model, self.refine, self.device)
+            folder = result.save(self.out, labels)
+        for note in result.report["notes"]:
+            print(f"regteach: {note}", file=sys.stderr)
+        similarity = result.report["similarity"]
+        print(
+            f"{folder}: correlation {similarity['before']:.3f} before, {similarity['after']:.3f} after; "
+            f"{result.report['folding_percent']:.2f} % folded; {result.report['seconds']:.1f} s; start: "
+            f"{result.report['start']}. {result.report['use']}"
+        )
+        return 0
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a recipe; a run in the same folder that was interrupted goes on."""
+
+    recipe: tyro.conf.Positional[str]
+    """Its name: istn-trees-affine-implicit."""
+    out: Path | None = None
+    """Folder of the run; runs/RECIPE where left out."""
+    steps: int | None = None
+    """Steps instead of the recipe's."""
+    seed: int | None = None
+    """Seed instead of the recipe's."""
+
+    def __call__(self) -> int:
+        """Run the command and return the exit status."""
+        from regteach import recipes
+        from regteach.registration import writable
+
+        given = {"steps": self.steps, "seed": self.seed}
+        recipe = recipes.find_recipe(self.recipe, **{key: v for key, v in given.items() if v is not None})
+        folder = writable(self.out or Path("runs") / recipe.name)
+        recipes.run(recipe, folder, lambda record: print(recipes.line(record), flush=True))
+        print(folder / f"{recipe.name}.safetensors")
+        return 0
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Measure a model on the test people of the data it was trained for; without a name, list the models."""
+
+    model: tyro.conf.Positional[str] = ""
+    """Name of a model, or a .safetensors file."""
+    pairs: int = 50
+    """How many pairs, seed 0."""
+    refine: int | None = None
+    """Steps of refinement instead of the recommended ones; 0 is one pass alone."""
+
+    def __call__(self) -> int:
+        """Run the command and return the exit status."""
+        from regteach import checkpoints, recipes
+
+        if not self.model:
+            print("\n".join(checkpoints.available()) or "No weights ship with this version.")
+            return 0
+        for name, figures in recipes.evaluate(checkpoints.load(self.model), self.pairs, self.refine).items():
+            print(f"{name:10s} " + "  ".join(f"{key} {value:.3f}" for key, value in figures.items()))
+        return 0
+
+
 def _named(kind: Any, name: str) -> Any:
     return Annotated[kind, tyro.conf.subcommand(name)]
 
 
 COMMANDS = (
-    _named(Course, "course")
+    _named(Register, "register")
+    | _named(Train, "train")
+    | _named(Evaluate, "evaluate")
+    | _named(Course, "course")
     | _named(Test, "test")
     | _named(Lab, "lab")
     | _named(Start, "start")
@@ -119,6 +216,6 @@ def main(argv: list[str]) -> int:
     command = tyro.cli(COMMANDS, prog="regteach", args=argv, description=__doc__, config=(tyro.conf.OmitArgPrefixes,))
     try:
         return command()
-    except ValueError as error:
+    except (ValueError, FileNotFoundError, FloatingPointError) as error:
         print(f"regteach: {error}", file=sys.stderr)
         return 2

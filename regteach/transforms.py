@@ -232,6 +232,28 @@ class Compose(Transform):
             points = transform(points)
         return total
 
+    def displacement_on(self, grid: Grid, like: Tensor | None = None) -> Float[Tensor, "b *grid d"]:
+        """The first transform in its own fast way; the others at the points that it has moved."""
+        if not self.transforms:
+            return super().displacement_on(grid, like)
+        points = _points_for(self, grid, like)
+        moved = points + self.transforms[0].displacement_on(grid, points).flatten(1, -2)
+        for transform in self.transforms[1:]:
+            moved = transform(moved)
+        return (moved - points).unflatten(1, grid.shape)
+
+    def jacobian_on(self, grid: Grid, like: Tensor | None = None) -> Float[Tensor, "b *grid d d"]:
+        """The chain rule, with the first transform in its own fast way."""
+        if not self.transforms:
+            return super().jacobian_on(grid, like)
+        points = _points_for(self, grid, like)
+        total = self.transforms[0].jacobian_on(grid, points).flatten(1, -3)
+        moved = points + self.transforms[0].displacement_on(grid, points).flatten(1, -2)
+        for transform in self.transforms[1:]:
+            total = transform.jacobian(moved) @ total
+            moved = transform(moved)
+        return total.unflatten(1, grid.shape)
+
     def inverse(self) -> "Compose":
         """The inverses in reverse order."""
         return Compose(tuple(transform.inverse() for transform in reversed(self.transforms)))

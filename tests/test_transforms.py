@@ -475,6 +475,52 @@ def test_compose_inverse_reverses(grid):
     torch.testing.assert_close(both(both.inverse()(points)), points, rtol=0, atol=1e-11)
 
 
+CHAINS = [
+    ("affine", "free form"),
+    ("free form", "affine"),
+    ("dense", "free form", "affine"),
+    ("velocity", "compose"),
+    ("compose", "identity", "sum"),
+    ("identity", "dense"),
+    ("free form",),
+    (),
+]
+
+
+@pytest.mark.parametrize("chain", CHAINS, ids=", ".join)
+def test_compose_on_a_grid_is_compose_at_its_points(grid, chain):
+    whole = Compose(tuple(examples(grid)[name] for name in chain))
+    for where in (grid, wide(grid, 3), grid.with_spacing(1.3)):
+        plain = Transform.displacement_on(whole, where)
+        assert plain.shape == (1, *where.shape, grid.dim)
+        torch.testing.assert_close(whole.displacement_on(where), plain, rtol=0, atol=1e-11)
+        torch.testing.assert_close(whole.jacobian_on(where), Transform.jacobian_on(whole, where), rtol=0, atol=1e-11)
+    like = torch.zeros(1, dtype=F64)
+    assert whole.displacement_on(grid, like).dtype == whole.jacobian_on(grid, like).dtype == F64
+
+
+def test_compose_on_a_grid_keeps_the_items_of_a_batch(grid):
+    three, one = free_form(grid, batch=3), affine_of(LinearField.of(grid.dim))
+    for whole in (Compose((three, one)), Compose((one, three))):
+        plain = Transform.displacement_on(whole, grid)
+        assert plain.shape == (3, *grid.shape, grid.dim)
+        torch.testing.assert_close(whole.displacement_on(grid), plain, rtol=0, atol=1e-12)
+        torch.testing.assert_close(whole.jacobian_on(grid), Transform.jacobian_on(whole, grid), rtol=0, atol=1e-12)
+
+
+def test_compose_on_a_grid_passes_gradients_to_every_part(grid):
+    ctrl = bspline.control_grid(grid, 4.0)
+    parts = [(0.3 * torch.randn(1, *ctrl.shape, grid.dim, dtype=F64)).requires_grad_() for _ in range(2)]
+    whole = Compose(tuple(FreeForm(c, ctrl) for c in parts))
+    weight = torch.randn(1, *grid.shape, grid.dim, dtype=F64)
+    fast, plain = (
+        torch.autograd.grad((on(grid) * weight).sum(), parts)
+        for on in (whole.displacement_on, lambda g: Transform.displacement_on(whole, g))
+    )
+    for a, b in zip(fast, plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+
+
 def test_sum_adds_displacements(grid):
     parts = [examples(grid)[name] for name in ("affine", "free form", "dense")]
     points = points_inside(grid, 20)

@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 OCTAVES = (16, 32, 64)
 # No component of any coefficient above this part of the control spacing: the spline can not fold (Choi and Lee 2000).
-SAFE_AMPLITUDE = {2: 1 / 2.046392675, 3: 1 / 2.479472335}
+SAFE_AMPLITUDE = bspline.FOLD_FREE
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,266 @@
+"""What is minimised: for each model one function that returns named terms, one value a pair each.
+
+Convention: images, features and SoI maps ``b k *grid``; the sum of the terms is the loss.
+
+Every data term d is a *relative* squared error (:func:`relative_mse`): 0 where two maps agree, about 2 where they do
+not overlap at all, the same for a large structure and a small one, so one weight of the regulariser serves a
+hippocampus and a brain. Terms that move an image look at several scales at once (:func:`pyramid_mse`).
+
+Source: the four losses of ISTN are Lee et al., MICCAI 2019, section 2 (u: on the images; s: on the SoI; e, i: explicit
+and implicit); bending energy: Rueckert et al., IEEE TMI 18 (1999), eq. 2.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from regteach import regularity
+from regteach.grid import Grid
+from regteach.result import Result, Step
+from regteach.sampling import warp
+from regteach.transforms import Dense, FreeForm, Transform
+
+Terms = dict[str, Float[Tensor, "b"]]
+LEVELS = 4  # of the pyramid
+EMPTY = 1e-4  # mean square below which a map counts as empty: its error is not blown up any further
+
+
+def relative_mse(
+    a: Float[Tensor, "b k *grid"], b: Float[Tensor, "b k *grid"], scale: Float[Tensor, "b k"] | None = None
+) -> Float[Tensor, "b"]:
+    """Squared error of each channel over the square of what is in it, averaged over the channels.
+
+        (1/k) sum_k  sum_x (a - b)^2 / scale_k,    scale_k = (sum_x a^2 + sum_x b^2) / 2
+
+    Args:
+        a, b: two sets of maps.
+        scale: given by whoever compares many warps of one map (:func:`refinement`); else that of ``a`` and ``b``. It is
+            a constant to the gradient either way: a unit, not a thing to be improved.
+    """
+    error = (a - b).square().flatten(2).sum(2)
+    return (error / (scale_of(a, b) if scale is None else scale)).mean(1)
+
+
+def scale_of(a: Float[Tensor, "b k *grid"], b: Float[Tensor, "b k *grid"]) -> Float[Tensor, "b k"]:
+    """How much there is in two sets of maps, without a gradient; maps that are nearly empty count as EMPTY."""
+    content = (a.detach().square() + b.detach().square()).flatten(2)
+    return (content.sum(2) / 2).clamp_min(EMPTY * content.shape[2])
+
+
+def pyramid_mse(
+    a: Float[Tensor, "b k *grid"],
+    b: Float[Tensor, "b k *grid"],
+    levels: int = LEVELS,
+    scales: Sequence[Tensor] | None = None,
+) -> Float[Tensor, "b"]:
+    """:func:`relative_mse` of both images, and of both averaged over cubes of 2, 4, 8 voxels, in the mean.
+
+    Two thin structures that do not touch have no gradient towards each other at full resolution; once they reach into a
+    common cube, they do. An axis that is too short for a cube ends the pyramid.
+
+    Args:
+        a, b: two sets of maps.
+        levels: how many resolutions at most.
+        scales: one for each level, see :func:`relative_mse`.
+    """
+    pairs = list(zip(_pyramid(a, levels), _pyramid(b, levels), strict=True))
+    units: Sequence[Tensor | None] = [None] * len(pairs) if scales is None else scales
+    return torch.stack([relative_mse(x, y, unit) for (x, y), unit in zip(pairs, units, strict=True)]).mean(0)
+
+
+def _pyramid(maps: Tensor, levels: int) -> list[Tensor]:
+    """The maps, and their means over cubes of 2, 4, ... voxels."""
+    every = [maps]
+    while len(every) < levels and min(every[-1].shape[2:]) >= 4:
+        every.append(_averaged(every[-1], 2))
+    return every
+
+
+def unsupervised(result: Result, moving: Tensor, fixed: Tensor, grid: Grid) -> Terms:
+    """STN-u: L_u = d(M o T, F). The structures play no part."""
+    return {"image": _stages(result, lambda t: pyramid_mse(warp(moving, t, grid), fixed))}
+
+
+def supervised(result: Result, soi_moving: Tensor, soi_fixed: Tensor, grid: Grid) -> Terms:
+    """STN-s: L_s = d(S_M o T, S_F). The network sees the images and is told about the structures."""
+    return {"structure": _stages(result, lambda t: pyramid_mse(warp(soi_moving, t, grid), soi_fixed))}
+
+
+def explicit(result: Result, soi_moving: Tensor, soi_fixed: Tensor, grid: Grid) -> Terms:
+    """ISTN-e: L_s + d(M', S_M) + d(F', S_F). The ITN is told to draw the structures."""
+    return supervised(result, soi_moving, soi_fixed, grid) | {"itn": drawn(result, soi_moving, soi_fixed)}
+
+
+def drawn(result: Result, soi_moving: Tensor, soi_fixed: Tensor) -> Float[Tensor, "b"]:
+    """d(M', S_M) + d(F', S_F), where they are: nothing is moved."""
+    return relative_mse(result.features[0], soi_moving) + relative_mse(result.features[1], soi_fixed)
+
+
+def implicit(result: Result, soi_moving: Tensor, soi_fixed: Tensor, grid: Grid) -> Terms:
+    """ISTN-i: L_s + d(M' o T, S_F) + d(S_M o T, F'). Each image's map must match the *other's* structures, aligned."""
+    mapped_moving, mapped_fixed = result.features
+    channels = soi_moving.shape[1]
+
+    def crossed(transform: Transform) -> tuple[Tensor, Tensor]:
+        both = warp(torch.cat([soi_moving, mapped_moving], 1), transform, grid)
+        soi, mapped = both[:, :channels], both[:, channels:]
+        return pyramid_mse(soi, soi_fixed), pyramid_mse(mapped, soi_fixed) + pyramid_mse(soi, mapped_fixed)
+
+    pairs = [crossed(result.up_to(count)) for count in range(1, len(result.steps) + 1)]
+    structure, itn = (torch.stack(column).mean(0) for column in zip(*pairs, strict=True))
+    return {"structure": structure, "itn": itn}
+
+
+ISTN: dict[str, Callable[[Result, Tensor, Tensor, Grid], Terms]] = {
+    "unsupervised": unsupervised,
+    "supervised": supervised,
+    "explicit": explicit,
+    "implicit": implicit,
+}
+
+
+def istn(
+    variant: str,
+    result: Result,
+    images: tuple[Tensor, Tensor],
+    soi: tuple[Tensor, Tensor],
+    grid: Grid,
+    bending: float = 0.0,
+    coarsen: int = 1,
+) -> Terms:
+    """The loss of one variant of ISTN, with the bending energy of its splines.
+
+    Args:
+        variant: "unsupervised", "supervised", "explicit" or "implicit".
+        result: what the network found.
+        images: moving and fixed, ``b c *grid``.
+        soi: their structures of interest, ``b k *grid``.
+        grid: where all sit.
+        bending: weight of the bending energy, mm^2.
+        coarsen: compare what was aligned on maps averaged over cubes of this many voxels: cheaper, and blind to what
+            is finer. The maps of the ITN itself are always compared at full resolution.
+
+    Raises:
+        ValueError: for an unknown variant.
+    """
+    if variant not in ISTN:
+        raise ValueError(f"A variant of ISTN is one of {', '.join(ISTN)}, not {variant!r}.")
+    targets = images if variant == "unsupervised" else soi
+    small = [_averaged(maps, coarsen) for maps in (*result.features, *targets)]
+    coarse = replace(result, features=(small[0], small[1]))
+    terms = ISTN[variant](coarse, small[2], small[3], grid.coarsened(coarsen))
+    if variant == "explicit" and coarsen > 1:
+        terms["itn"] = drawn(result, *soi)
+    return terms | regulariser(result.steps, grid, bending)
+
+
+@dataclass(frozen=True)
+class Focus:
+    """The part of the fixed grid that a loss looks at.
+
+    Args:
+        voxels: one slice an axis of the fixed grid.
+        grid: the grid of those voxels.
+        mask: ``b 1 *part``, 1 where a pair is looked at: pairs of a batch share the voxels, not the mask.
+    """
+
+    voxels: tuple[slice, ...]
+    grid: Grid
+    mask: Float[Tensor, "b 1 *part"]
+
+
+def focus_on(
+    features: tuple[Tensor, Tensor], transform: Transform, grid: Grid, margin_mm: float, shown: float = 0.1
+) -> Focus:
+    """A box around what the maps show, in the fixed map and in the moving map as it lies now, and a margin.
+
+    Its edges lie on multiples of the pyramid's largest cube, so that the cubes are those of the whole image, and it is
+    wide enough for all of the pyramid.
+
+    Args:
+        features: moving and fixed maps, ``b k *grid``.
+        transform: where the search starts.
+        grid: of the maps.
+        margin_mm: how far around.
+        shown: part of a map's largest value above which it shows something.
+    """
+    maps = torch.stack([features[1], warp(features[0], transform, grid)]).abs().amax((0, 2))  # b *grid
+    seen = maps > shown * maps.flatten(1).amax(1).reshape(-1, *[1] * grid.dim)
+    boxes = torch.zeros_like(seen)
+    for pair, box in zip(seen, boxes, strict=True):
+        margins = [math.ceil(margin_mm / spacing) for spacing in grid.spacing]
+        box[tuple(_edges(pair, axis, margin) for axis, margin in enumerate(margins))] = True
+    every = boxes.any(0).nonzero()
+    low, high = every.amin(0).tolist(), (every.amax(0) + 1).tolist()
+    voxels = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
+    return Focus(voxels, grid.cropped(low, high), boxes[(slice(None), *voxels)][:, None].to(features[0].dtype))
+
+
+def _edges(seen: Tensor, axis: int, margin: int) -> slice:
+    """From the first to the last voxel seen along an axis, widened to whole cubes, two at least."""
+    n, cube = seen.shape[axis], 2 ** (LEVELS - 1)
+    where = seen.movedim(axis, 0).flatten(1).any(1).nonzero()[:, 0]
+    first, last = (int(where[0]), int(where[-1])) if len(where) else (0, n - 1)
+    start, stop = max(0, first - margin) // cube * cube, min(n, -(-(last + 1 + margin) // cube) * cube)
+    if stop - start < 2 * cube:
+        start = max(0, min(start, (n - 2 * cube) // cube * cube))
+        stop = min(n, start + 2 * cube)
+    return slice(start, stop)
+
+
+def refinement(
+    features: tuple[Tensor, Tensor], transform: Transform, grid: Grid, focus: Focus | None = None
+) -> Float[Tensor, "b"]:
+    """L_r = d(M' o T, F'), the loss at test time: no labels, no structures, the network's own maps alone.
+
+    Its scale is that of M' and F' as they are, the same for every T: what falls is the error.
+
+    Args:
+        features: moving and fixed maps, ``b k *grid``.
+        transform: fixed to moving.
+        grid: of the maps.
+        focus: look at this part of the fixed grid only.
+    """
+    moving, fixed = features
+    warped = warp(moving, transform, grid, focus.grid if focus else grid)
+    if focus:
+        warped, fixed = warped * focus.mask, fixed[(slice(None), slice(None), *focus.voxels)] * focus.mask
+    levels = len(_pyramid(fixed, LEVELS))
+    whole = zip(_pyramid(moving, levels), _pyramid(features[1], levels), strict=True)
+    return pyramid_mse(warped, fixed, levels, [scale_of(m, f) for m, f in whole])
+
+
+def regulariser(steps: tuple[Step, ...], grid: Grid, bending: float) -> Terms:
+    """Bending energy of every step that bends, times its weight; nothing where the weight is 0."""
+    if bending == 0:
+        return {}
+    energies = [e for step in steps if (e := _bending(step.build(step.parameters), grid)) is not None]
+    return {"bending": bending * torch.stack(energies).sum(0)} if energies else {}
+
+
+def total(terms: Terms) -> Float[Tensor, "b"]:
+    """The sum of all terms."""
+    return torch.stack(list(terms.values())).sum(0)
+
+
+def _stages(result: Result, loss: Callable[[Transform], Tensor]) -> Float[Tensor, "b"]:
+    """The loss after each step, averaged: a coarse step that is judged by the finest alone learns slowly."""
+    return torch.stack([loss(result.up_to(count)) for count in range(1, len(result.steps) + 1)]).mean(0)
+
+
+def _averaged(maps: Tensor, factor: int) -> Tensor:
+    """Means over cubes, on ``grid.coarsened(factor)``."""
+    return maps if factor == 1 else {2: F.avg_pool2d, 3: F.avg_pool3d}[maps.ndim - 2](maps, factor)
+
+
+def _bending(transform: Transform, grid: Grid) -> Float[Tensor, "b"] | None:
+    if isinstance(transform, FreeForm):
+        return regularity.bending_energy_spline(transform.coefficients, transform.grid, grid)
+    if isinstance(transform, Dense):
+        return regularity.bending_energy(transform.displacement, transform.grid)
+    return None

@@ -1,0 +1,256 @@
+"""Refinement: a trained model's answer for one pair, improved on that very pair, without labels.
+
+The features of both images are computed once. Then Adam turns either
+
+- the transform's own parameters, starting from what the network predicted (``"parameters"``), or
+- the weights of the part of the network that predicts them (``"weights"``, as in the ISTN paper),
+
+so that the loss of the test images falls. The engine is the same for every model of the package: it knows a
+:class:`~regteach.result.Result` and a loss, and nothing of networks. Each pair is refined for itself: many pairs at
+once give the same numbers as one by one.
+
+Source: Lee et al., Image-and-Spatial Transformer Networks, MICCAI 2019, section 2.3 (weights; a fresh Adam at the
+training rate, 50 steps, ITN fixed). Refining the parameters is ours: it is faster, and forgets nothing.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from regteach import objectives
+from regteach.grid import Grid
+from regteach.result import Result, Step, assemble
+from regteach.transforms import Transform
+
+MODES = ("parameters", "weights")
+Loss = Callable[[tuple[Tensor, Tensor], Transform, Grid, objectives.Focus | None], Float[Tensor, "b"]]
+
+
+class Aligner(Protocol):
+    """A model that can predict a transform from features that are given."""
+
+    def align(self, moving: Tensor, fixed: Tensor, grid: Grid) -> Result:
+        """Features of both images, ``b k *grid``, to a result."""
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """How to refine.
+
+    Args:
+        steps: of Adam.
+        mode: "parameters" or "weights".
+        rate: step size of Adam, in the unit of the parameters (a bound's fraction, near 0) or of the weights.
+        bending: weight of the bending energy, mm^2.
+        focus_mm: look only this far around what the maps show; 0 looks everywhere. Faster, and the same where the maps
+            are empty elsewhere.
+        patience: stop a pair when its loss has not fallen for so many steps; 0 never stops.
+        tolerance: a fall counts when it is at least this part of the loss.
+    """
+
+    steps: int = 50
+    mode: str = "parameters"
+    rate: float = 0.03
+    bending: float = 0.0
+    focus_mm: float = 0.0
+    patience: int = 0
+    tolerance: float = 1e-3
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ValueError(f"Refinement turns the {' or the '.join(MODES)}, not {self.mode!r}.")
+        if self.steps < 0:
+            raise ValueError(f"A refinement has 0 steps or more, not {self.steps}.")
+
+
+@dataclass(frozen=True)
+class Refined:
+    """A refined result.
+
+    Args:
+        result: the transform of each pair's lowest loss, and its steps.
+        curve: ``s b``, loss before each step and after the last; once a pair has stopped, its loss stays. s is the
+            number of steps and one, or less where every pair stopped sooner.
+        stopped: ``b``, number of steps that each pair took.
+    """
+
+    result: Result
+    curve: Float[Tensor, "s b"]
+    stopped: Int[Tensor, "b"]
+
+
+def refine(
+    model: Aligner,
+    result: Result,
+    grid: Grid,
+    settings: Refinement | None = None,
+    loss: Loss = objectives.refinement,
+    watch: Callable[[int, Transform], None] | None = None,
+) -> Refined:
+    """Refine what a model found for a batch of pairs.
+
+    Args:
+        model: has ``align(moving_features, fixed_features, grid) -> Result``; it is not changed.
+        result: the model's result for the pairs.
+        grid: where the features sit.
+        settings: how.
+        loss: of features, transform, grid and focus (a part of the grid, or None), one value a pair.
+        watch: called with the number of steps taken and the current transform: for curves against labels, which the
+            refinement itself never sees.
+    """
+    settings = settings or Refinement()
+    features = (result.features[0].detach(), result.features[1].detach())
+    # Outside of mixed precision, whoever calls: coordinates need all the digits of float32.
+    with torch.autocast(features[0].device.type, enabled=False):
+        if settings.mode == "parameters":
+            return _refine_parameters(result.steps, features, grid, settings, loss, watch)
+        if watch is not None and len(features[0]) > 1:
+            raise ValueError("Weights are refined pair by pair: watch one pair at a time.")
+        pairs = [(features[0][i : i + 1], features[1][i : i + 1]) for i in range(len(features[0]))]
+        each = [_refine_weights(model, pair, grid, settings, loss, watch) for pair in pairs]
+        steps = tuple(
+            Step(torch.cat([one.result.steps[k].parameters for one in each]), step.build)
+            for k, step in enumerate(result.steps)
+        )
+        longest = max(len(one.curve) for one in each)
+        curves = [torch.cat([one.curve, one.curve[-1:].expand(longest - len(one.curve), -1)]) for one in each]
+        return Refined(
+            Result(assemble(steps), features, steps),
+            torch.cat(curves, 1),
+            torch.cat([one.stopped for one in each]),
+        )
+
+
+def _refine_parameters(
+    steps: tuple[Step, ...],
+    features: tuple[Tensor, Tensor],
+    grid: Grid,
+    settings: Refinement,
+    loss: Loss,
+    watch: Callable[[int, Transform], None] | None,
+) -> Refined:
+    """Adam works number by number, so pairs in one batch do not feel each other."""
+    turned = [step.parameters.detach().clone().requires_grad_() for step in steps]
+    optimiser = torch.optim.Adam(turned, lr=settings.rate)
+    focus = _focus(steps, features, grid, settings)
+
+    def now() -> tuple[Tensor, list[Tensor]]:
+        current = tuple(Step(z, step.build) for z, step in zip(turned, steps, strict=True))
+        transform = assemble(current)
+        if watch is not None:
+            watch(len(keeper.curve), transform)
+        return _loss(current, transform, features, grid, settings, loss, focus), [z.detach() for z in turned]
+
+    keeper = _Keeper(settings)
+    with torch.enable_grad():
+        for _ in range(settings.steps):
+            losses, parameters = now()
+            if keeper.note(losses, parameters):
+                break
+            optimiser.zero_grad()
+            losses.sum().backward()
+            optimiser.step()
+        else:
+            keeper.note(*now())
+    return keeper.refined(steps, features)
+
+
+def _refine_weights(
+    given: Aligner,
+    features: tuple[Tensor, Tensor],
+    grid: Grid,
+    settings: Refinement,
+    loss: Loss,
+    watch: Callable[[int, Transform], None] | None,
+) -> Refined:
+    """One pair, on a copy of the network. The ITN takes no part: its maps are given."""
+    model: Any = copy.deepcopy(given)
+    optimiser = torch.optim.Adam(model.requires_grad_(True).parameters(), lr=settings.rate)
+    keeper = _Keeper(settings)
+    with torch.no_grad():
+        focus = _focus(model.align(*features, grid).steps, features, grid, settings)
+
+    def now() -> tuple[Tensor, list[Tensor], tuple[Step, ...]]:
+        result = model.align(*features, grid)
+        if watch is not None:
+            watch(len(keeper.curve), result.transform)
+        losses = _loss(result.steps, result.transform, features, grid, settings, loss, focus)
+        return losses, [step.parameters.detach() for step in result.steps], result.steps
+
+    with torch.enable_grad():
+        for _ in range(settings.steps):
+            losses, parameters, steps = now()
+            if keeper.note(losses, parameters):
+                break
+            optimiser.zero_grad()
+            losses.sum().backward()
+            optimiser.step()
+        else:
+            losses, parameters, steps = now()
+            keeper.note(losses, parameters)
+    return keeper.refined(steps, features)
+
+
+@torch.no_grad()
+def _focus(
+    steps: tuple[Step, ...], features: tuple[Tensor, Tensor], grid: Grid, settings: Refinement
+) -> objectives.Focus | None:
+    return objectives.focus_on(features, assemble(steps), grid, settings.focus_mm) if settings.focus_mm else None
+
+
+def _loss(
+    steps: tuple[Step, ...],
+    transform: Transform,
+    features: tuple[Tensor, Tensor],
+    grid: Grid,
+    settings: Refinement,
+    loss: Loss,
+    focus: objectives.Focus | None,
+) -> Float[Tensor, "b"]:
+    terms = {"features": loss(features, transform, grid, focus)} | objectives.regulariser(steps, grid, settings.bending)
+    return objectives.total(terms)
+
+
+class _Keeper:
+    """Remembers, for each pair, the curve, the best parameters so far, and when it stopped falling."""
+
+    def __init__(self, settings: Refinement) -> None:
+        self.settings = settings
+        self.curve: list[Tensor] = []
+        self.best: list[Tensor] = []
+
+    def note(self, losses: Tensor, parameters: list[Tensor]) -> bool:
+        """Take in one evaluation; True once every pair has stopped."""
+        losses = losses.detach()
+        if not self.curve:
+            self.lowest, self.reference = losses.clone(), losses.clone()
+            self.best = [z.clone() for z in parameters]
+            self.since = torch.zeros_like(losses, dtype=torch.long)
+            self.running = torch.ones_like(losses, dtype=torch.bool)
+            self.taken = torch.zeros_like(losses, dtype=torch.long)
+            self.curve.append(losses)
+            return False
+        self.taken += self.running
+        better = self.running & (losses < self.lowest)
+        self.lowest = torch.where(better, losses, self.lowest)
+        self.best = [
+            torch.where(better.reshape(-1, *[1] * (z.ndim - 1)), z, kept)
+            for z, kept in zip(parameters, self.best, strict=True)
+        ]
+        fell = losses < self.reference - self.settings.tolerance * self.reference.abs()  # a loss may be negative
+        self.reference = torch.where(fell, losses, self.reference)
+        self.since = torch.where(fell, 0, self.since + 1)
+        self.curve.append(torch.where(self.running, losses, self.curve[-1]))
+        if self.settings.patience:
+            self.running = self.running & (self.since < self.settings.patience)
+        return not bool(self.running.any())
+
+    def refined(self, steps: tuple[Step, ...], features: tuple[Tensor, Tensor]) -> Refined:
+        """What there is to return."""
+        best = tuple(Step(z, step.build) for z, step in zip(self.best, steps, strict=True))
+        return Refined(Result(assemble(best), features, best), torch.stack(self.curve), self.taken)

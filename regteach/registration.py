@@ -1,0 +1,373 @@
+"""Register a user's own images: what happens around a network.
+
+``register`` reads both images, brings them to the scale and the grid that the network was trained on, lets the network
+find a transform, refines it on the pair if asked, and returns it as a function of world coordinates.
+
+Convention: a transform maps fixed points to moving points, both in the world coordinates of the files (RAS mm). The
+working grid has the network's shape and spacing and sits on the middle of what the fixed image shows; the moving image
+is read on the same grid, shifted first where the two images lie far apart (see :mod:`regteach.framing`).
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from os import PathLike
+from pathlib import Path
+from typing import Any, TypeVar
+
+import nibabel as nib
+import numpy as np
+import torch
+from jaxtyping import Float
+from nibabel.filebasedimages import FileBasedImage
+from torch import Tensor
+
+from regteach import framing, metrics, objectives, similarity
+from regteach.affine import Affine
+from regteach.checkpoints import Model, load
+from regteach.data.volumes import Volume, read_volume, save_displacement, save_volume
+from regteach.framing import span
+from regteach.grid import Grid
+from regteach.refinement import Refinement, refine
+from regteach.sampling import warp
+from regteach.training import write_whole
+from regteach.transforms import Compose, Dense, Identity, Transform, displacement, jacobian_determinant
+
+Source = str | PathLike[str] | nib.Nifti1Image | Volume | tuple[Any, Grid]
+Points = TypeVar("Points", np.ndarray, Tensor)
+
+SMALLEST = 8  # voxels along each axis
+SLAB = 2**21  # voxels that are warped at a time: a whole head at 1 mm would need GB
+EXACT = 2**24  # whole numbers up to here are exact in float32
+REPORT, WARPED, FIELD, LABELS = "report.json", "warped.nii.gz", "displacement.nii.gz", "warped_labels.nii.gz"
+WARNING = "For research and teaching, not for clinical use."
+
+
+@dataclass(frozen=True, eq=False)
+class Registration:
+    """A registered pair.
+
+    Args:
+        mapping: fixed points to moving points, ``b n d``, world mm; a function of all of space.
+        fixed, moving: the images as they were read.
+        report: similarity before and after, folding, SDlogJ, seconds, the curve of the refinement, and more.
+    """
+
+    mapping: Transform
+    fixed: Volume
+    moving: Volume
+    report: dict[str, Any]
+
+    def transform(self, points: Points) -> Points:
+        """Fixed points to moving points.
+
+        Args:
+            points: ``n d``, world mm, inside the fixed image; a NumPy array or a tensor.
+
+        Returns:
+            The same kind, ``n d``, world mm, float32.
+
+        Raises:
+            ValueError: if the points have another dimension, are not finite, or lie outside of the fixed image.
+        """
+        given, grid = _points(points), self.fixed.grid
+        if given.ndim != 2 or given.shape[1] != grid.dim:
+            raise ValueError(f"Points are a table of n rows and {grid.dim} columns, but this is {tuple(given.shape)}.")
+        wrong = int((~given.isfinite()).any(1).sum())
+        if wrong:
+            raise ValueError(f"{wrong} of {len(given)} points are not finite (NaN or infinity).")
+        # A voxel reaches half its width beyond its centre; a thousandth of it is left for rounding.
+        half = 0.501 * given.new_tensor(grid.spacing)
+        low, high = given.new_tensor(grid.origin) - half, given.new_tensor(grid.last) + half
+        outside = int(((given < low) | (given > high)).any(1).sum())
+        if outside:
+            raise ValueError(
+                f"{outside} of {len(given)} points lie outside of the fixed image, which reaches from "
+                f"{span(low.tolist())} to {span(high.tolist())} mm."
+            )
+        moved = self.mapping(given.float()[None])[0] if len(given) else given.float()
+        return moved.to(points.device) if isinstance(points, Tensor) else moved.numpy()
+
+    def warp(self, source: Source | None = None, order: int = 1) -> Volume:
+        """The moving image, or anything on its grid, on the fixed grid.
+
+        Outside of the moving image nothing was measured: there an image has its smallest value, and labels are 0.
+
+        Args:
+            source: what to warp, the moving image where left out.
+            order: 1 linear, 0 nearest voxel, for labels.
+
+        Raises:
+            ValueError: if it is not on the moving image's grid.
+        """
+        return self._warped(((slab, self.mapping) for slab in _slabs(self.fixed.grid)), source, order)
+
+    def displacement(self) -> Float[np.ndarray, "*grid d"]:
+        """Moving minus fixed position at every voxel of the fixed grid, world mm."""
+        return torch.cat([displacement(self.mapping, slab)[0] for slab in _slabs(self.fixed.grid)]).numpy()
+
+    def save(self, folder: str | PathLike[str], labels: Source | None = None) -> Path:
+        """Write ``warped.nii.gz``, ``displacement.nii.gz`` (ITK and ANTs read it) and ``report.json``, each whole.
+
+        The report comes last: where it is, the others are complete.
+
+        Args:
+            folder: made where it is not there.
+            labels: a label map on the moving image's grid, warped to ``warped_labels.nii.gz`` as well.
+
+        Raises:
+            ValueError: if the labels do not fit, or the folder can not be written.
+        """
+        folder, grid = writable(folder), self.fixed.grid
+        field = torch.from_numpy(self.displacement())
+        # Worked out once for all files; on its own voxels a field needs no interpolation.
+        slabs = list(_slabs(grid))
+        parts = field.split([slab.shape[0] for slab in slabs])
+        known = [(slab, Dense(part[None], slab)) for slab, part in zip(slabs, parts, strict=True)]
+        volumes = {WARPED: self._warped(known, None, 1)}
+        if labels is not None:
+            volumes[LABELS] = self._warped(known, labels, 0)
+        text = json.dumps(self.report, indent=1, allow_nan=False) + "\n"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for old in (REPORT, LABELS):
+                (folder / old).unlink(missing_ok=True)
+            for name, volume in volumes.items():
+                save_volume(folder / name, volume)
+            save_displacement(folder / FIELD, field, grid)
+            write_whole(folder / REPORT, lambda path: path.write_text(text, encoding="utf-8"))
+        except OSError as error:
+            raise ValueError(f"The folder {folder} can not be written ({error.strerror or error}).") from None
+        return folder
+
+    def _warped(self, parts: Iterable[tuple[Grid, Transform]], source: Source | None, order: int) -> Volume:
+        """Slab by slab: the grid of a part of the fixed image, and the transform there."""
+        volume = self.moving if source is None else as_volume(source, "the image to warp", labels=order == 0)
+        grid = self.moving.grid
+        if not _same(volume.grid, grid):
+            raise ValueError(
+                f"What is warped must be on the moving image's grid: {_described(grid)}, not {_described(volume.grid)}."
+            )
+
+        def read(image: Tensor) -> Tensor:
+            return torch.cat([warp(image, there, grid, slab, order, "zeros")[0, 0] for slab, there in parts])
+
+        if order == 0 and not volume.data.is_floating_point():
+            data = volume.batch
+            if int(data.abs().max()) <= EXACT:
+                return Volume(read(data.float()).round().to(data.dtype), self.fixed.grid)
+            # float32 would round them: their places in a table are warped instead, from 1 on, and 0 is outside.
+            values, places = data.unique(return_inverse=True)
+            table = torch.cat([values.new_zeros(1), values])
+            return Volume(table[read(places.float() + 1).round().long()], self.fixed.grid)
+        low = volume.data.min()
+        return Volume(read(volume.batch.float() - low) + low, self.fixed.grid)
+
+
+def register(
+    moving: Source,
+    fixed: Source,
+    model: Model | str | PathLike[str],
+    refine: int | Refinement = 0,
+    device: torch.device | str = "auto",
+) -> Registration:
+    """Register two images; labels are never needed.
+
+    Args:
+        moving, fixed: paths of NIfTI files, images of nibabel, volumes, or pairs (array, Grid); they may differ in size
+            and spacing. Their world coordinates hold, unless they lie far apart: then the middles are aligned first,
+            and the report says so.
+        model: a loaded model, its name, or the path of its file.
+        refine: steps of test-time refinement, with the model's recommended settings, or settings of your own.
+        device: "auto" takes a GPU where there is one.
+
+    Raises:
+        FileNotFoundError: if a file is not there.
+        ValueError: if an image can not be used, the images or the model are of different dimensions, or the model is
+            unknown.
+    """
+    begun = time.perf_counter()
+    on = _device(device)
+    model = (model if isinstance(model, Model) else load(model)).to(on)
+    settings = refine if isinstance(refine, Refinement) else replace(model.refinement, steps=int(refine))
+    pair = {"moving": as_volume(moving, "the moving image"), "fixed": as_volume(fixed, "the fixed image")}
+    _check(pair, model)
+
+    frames = {name: framing.framed(volume) for name, volume in pair.items()}
+    grid = framing.working_grid(model.grid, frames["fixed"])
+    start, far_mm = framing.start(frames["moving"], frames["fixed"], grid)
+    readers = {
+        "moving": framing.Reader(frames["moving"], grid, start, on),
+        "fixed": framing.Reader(frames["fixed"], grid, Identity(grid.dim), on),
+    }
+    start = _moved(start, on)
+    images = {
+        "moving": _seen("moving", readers["moving"], start),
+        "fixed": _seen("fixed", readers["fixed"], Identity(grid.dim)),
+    }
+    result, curve = _found(model, [images["moving"], images["fixed"]], grid, settings)
+
+    mapping = Compose((result.transform, start))
+    after = _seen("warped moving", readers["moving"], mapping)
+    det = jacobian_determinant(result.transform, grid)
+    report = {
+        "model": model.name,
+        "similarity": {
+            "measure": "normalised cross-correlation of the images on the working grid, before: at the start",
+            "before": _number(similarity.ncc(images["moving"], images["fixed"])),
+            "after": _number(similarity.ncc(after, images["fixed"])),
+        },
+        "feature_loss": {
+            "before": _number(objectives.pyramid_mse(*result.features)),
+            "after": _number(objectives.refinement(result.features, result.transform, grid)),
+        },
+        "folding_percent": _number(metrics.folding_percent(det)),
+        "sdlogj": _number(metrics.sdlogj(det)),
+        "folding_measured_on": "the working grid",
+        "refinement_steps": settings.steps,
+        "refinement_mode": settings.mode if settings.steps else None,
+        "curve": curve,
+        "start": f"middles aligned ({far_mm:.1f} mm apart)" if isinstance(start, Affine) else "world coordinates",
+        "working_grid": {"shape": grid.shape, "spacing_mm": grid.spacing, "origin_mm": grid.origin},
+        "notes": [note for volume in pair.values() for note in volume.notes],
+        "device": str(on),
+        "seconds": round(time.perf_counter() - begun, 3),
+        "use": WARNING,
+    }
+    return Registration(_moved(mapping, torch.device("cpu")), pair["fixed"], pair["moving"], report)
+
+
+def as_volume(source: Source, name: str, labels: bool = False) -> Volume:
+    """A volume from whatever a user has.
+
+    Raises:
+        FileNotFoundError, ValueError: as ``read_volume``; and if an array does not fit its grid or can not be used.
+    """
+    title = name[0].upper() + name[1:]
+    if isinstance(source, Volume):
+        if labels and source.data.is_floating_point():
+            return replace(source, source=_whole(source.data, title))
+        return source
+    if isinstance(source, str | PathLike | FileBasedImage):
+        return read_volume(source, labels)
+    if not isinstance(source, tuple) or len(source) != 2 or not isinstance(source[1], Grid):
+        raise ValueError(f"{title} is a path, an image of nibabel, a volume, or a pair (array, Grid).")
+    array, grid = source
+    values = array.detach().cpu().numpy() if isinstance(array, Tensor) else np.asarray(array)
+    if values.shape != grid.shape:
+        raise ValueError(f"{title} has the shape {values.shape}, but its grid has {grid.shape}.")
+    if values.dtype.kind not in "iufb":
+        raise ValueError(f"{title} holds {values.dtype}, but an image holds one real number a voxel.")
+    if labels and values.dtype.kind == "f":
+        return Volume(_whole(torch.from_numpy(values.astype(np.float64)), title), grid)
+    return Volume(torch.from_numpy(values.astype(np.int64 if labels else np.float32)), grid)
+
+
+def writable(folder: str | PathLike[str]) -> Path:
+    """The folder as a path, if files can be written into it, or if it can be made.
+
+    Raises:
+        ValueError: if not.
+    """
+    folder = Path(folder)
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ValueError(f"The folder {folder} can not be written: {there} is a file.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"The folder {folder} can not be written: {there} is not yours to write to.")
+    return folder
+
+
+def _whole(data: Tensor, title: str) -> Tensor:
+    if not bool((data == data.round()).all()):
+        raise ValueError(f"{title} is no label map: its values are not whole numbers.")
+    return data.long()
+
+
+def _device(device: torch.device | str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0].rstrip(".").replace(". ", "; ")
+        raise ValueError(f"There is no device {str(device)!r} to compute on ({reason}).") from None
+
+
+def _check(pair: dict[str, Volume], model: Model) -> None:
+    for name, volume in pair.items():
+        if volume.grid.dim != model.grid.dim:
+            raise ValueError(
+                f"The {name} image is {volume.grid.dim}D, but {model.name} registers {model.grid.dim}D images."
+            )
+        if min(volume.grid.shape) < SMALLEST:
+            raise ValueError(
+                f"The {name} image has {volume.grid.shape} voxels; {SMALLEST} along each axis are the least."
+            )
+        if not bool(volume.data.isfinite().all()):
+            raise ValueError(f"The {name} image holds values that are not finite (NaN or infinity).")
+        if volume.data.min() == volume.data.max():
+            raise ValueError(f"The {name} image is constant: every voxel is {float(volume.data.min()):g}.")
+
+
+def _seen(name: str, reader: framing.Reader, transform: Transform) -> Float[Tensor, "1 1 *grid"]:
+    try:
+        return reader(transform)
+    except ValueError:
+        raise ValueError(
+            f"The {name} image shows nothing on the {span(reader.working.extent)} mm of the network."
+        ) from None
+
+
+def _points(points: np.ndarray | Tensor) -> Tensor:
+    """In double precision: whether a point lies inside must not depend on rounding."""
+    if isinstance(points, Tensor):
+        return points.detach().cpu().double()
+    return torch.from_numpy(np.array(points, dtype=np.float64))
+
+
+def _slabs(grid: Grid) -> Iterator[Grid]:
+    """The grid in parts along its first axis, each of about SLAB voxels."""
+    thick = max(1, SLAB * grid.shape[0] // grid.size)
+    for first in range(0, grid.shape[0], thick):
+        stop = (min(first + thick, grid.shape[0]), *grid.shape[1:])
+        yield grid.cropped((first, *[0] * (grid.dim - 1)), stop)
+
+
+def _same(a: Grid, b: Grid) -> bool:
+    """Whether no voxel of one lies more than a hundredth of a voxel from that of the other."""
+    ends = zip((*a.origin, *a.last), (*b.origin, *b.last), b.spacing * 2, strict=True) if a.shape == b.shape else ()
+    return a.shape == b.shape and all(abs(x - y) <= 0.01 * h for x, y, h in ends)
+
+
+def _described(grid: Grid) -> str:
+    return f"{span(grid.shape)} voxels of {span(grid.spacing)} mm from {span(grid.origin)} mm"
+
+
+def _found(model: Model, images: list[Tensor], grid: Grid, settings: Refinement) -> tuple[Any, list[float]]:
+    with torch.no_grad():
+        result = model.network(*images, grid)
+    if settings.steps == 0:
+        return result, []
+    refined = refine(model.network, result, grid, settings)
+    return refined.result, [round(float(value), 6) for value in refined.curve[:, 0]]
+
+
+def _moved(transform: Any, device: torch.device) -> Any:
+    """The same transform with all its tensors on a device, and without a gradient."""
+    if isinstance(transform, Tensor):
+        return transform.detach().to(device)
+    if isinstance(transform, tuple):
+        return tuple(_moved(part, device) for part in transform)
+    if isinstance(transform, Transform):
+        return type(transform)(**{name: _moved(value, device) for name, value in vars(transform).items()})
+    return transform
+
+
+def _number(value: Tensor) -> float | None:
+    """A number that JSON has, too; None for one that could not be measured."""
+    number = float(value.detach().reshape(-1)[0])
+    return round(number, 6) if math.isfinite(number) else None

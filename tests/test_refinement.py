@@ -1,0 +1,396 @@
+"""Refinement: known motions come back, pairs do not feel each other, the best is kept, nothing else is touched."""
+
+import copy
+import dataclasses
+import inspect
+
+import pytest
+import torch
+from torch import Tensor, nn
+from truths.fields import one_sentence
+
+from regteach import objectives
+from regteach.affine import Affine
+from regteach.grid import Grid
+from regteach.nets.istn import ISTN, AffineStage, ISTNConfig, SplineStage
+from regteach.refinement import Refined, Refinement, refine
+from regteach.regularity import bending_energy_spline_plain
+from regteach.result import Result
+from regteach.sampling import grid_points, warp
+from regteach.transforms import Transform, displacement
+
+GRIDS = {2: Grid((32, 28), (1.0, 1.5), (-10.0, 3.0)), 3: Grid((20, 18, 16), (1.0, 1.5, 2.0), (-10.0, 3.0, 5.5))}
+MODES = ("parameters", "weights")
+RATE = {"parameters": 0.03, "weights": 1e-3}
+# Brightness, and centre and width in parts of half the image.
+BLOBS = (
+    (1.0, (0.0, 0.1, 0.0), (0.2, 0.3, 0.25)),
+    (0.7, (0.3, 0.25, 0.25), (0.2, 0.15, 0.2)),
+    (0.5, (-0.3, 0.25, -0.3), (0.15, 0.2, 0.15)),
+)
+AFFINE, SPLINE = AffineStage(widths=(4, 8), hidden=16), SplineStage(8.0, widths=(4, 8))
+
+
+def network(grid: Grid, *stages, itn: tuple[int, ...] = ()) -> ISTN:
+    """An untrained one: its transform is the identity."""
+    return ISTN(ISTNConfig(grid, stages or (AFFINE, SPLINE), itn=itn)).eval()
+
+
+def phantom(points: Tensor, grid: Grid) -> Tensor:
+    """Three soft blobs, at points ``... d``: no turn or stretch leaves them as they are."""
+    local = points - torch.tensor(grid.centre)
+    half = torch.tensor(grid.extent) / 2
+    total = torch.zeros(points.shape[:-1])
+    for weight, centre, size in BLOBS:
+        total = total + weight * soft(local / half, centre, size)
+    return total
+
+
+def soft(unit: Tensor, centre: tuple[float, ...], size: tuple[float, ...]) -> Tensor:
+    dim = unit.shape[-1]
+    scaled = (unit - torch.tensor(centre[:dim])) / torch.tensor(size[:dim])
+    return torch.exp(-scaled.square().sum(-1) / 2)
+
+
+def known(grid: Grid, matrix: list[list[float]], shift: list[float]) -> Affine:
+    dim = grid.dim
+    full = torch.eye(3)
+    full[: len(matrix), : len(matrix)] = torch.tensor(matrix)
+    return Affine(full[None, :dim, :dim], torch.tensor([shift[:dim]]), torch.tensor(grid.centre))
+
+
+def pairs_of(grid: Grid, *truths: Affine) -> tuple[Tensor, Tensor]:
+    """Moving images, and each as its truth warps it: at the truth the loss is 0."""
+    moving = phantom(grid_points(grid), grid).expand(1, 1, *grid.shape)
+    fixed = torch.cat([warp(moving, truth, grid) for truth in truths])
+    return moving.repeat(len(truths), 1, *[1] * grid.dim), fixed
+
+
+def three_pairs(grid: Grid) -> tuple[Tensor, Tensor]:
+    turn = [[0.98, -0.17], [0.17, 0.98]]
+    return pairs_of(
+        grid,
+        known(grid, turn, [1.0, 0.5, 0.0]),
+        known(grid, [[1.05, 0.0], [0.0, 0.95]], [-1.0, 2.0, 1.0]),
+        known(grid, [[1.0, 0.0], [0.0, 1.0]], [2.0, -1.5, 1.0]),
+    )
+
+
+def both(result: Result, grid: Grid) -> Tensor:
+    return displacement(result.transform, grid).detach()
+
+
+# What comes back
+
+
+TURNED = [[1.08, 0.1], [-0.12, 0.95]]
+
+
+@pytest.mark.parametrize(("matrix", "shift"), [([[1.0]], [2.3, -1.7, 1.1]), (TURNED, [1.5, -1.2, 0.8])])
+@pytest.mark.parametrize("dim", [2, 3])
+def test_a_known_motion_comes_back_within_a_tenth_of_a_millimetre(dim, matrix, shift):
+    grid = GRIDS[dim]
+    truth = known(grid, matrix, shift)
+    moving, fixed = pairs_of(grid, truth)
+    model = network(grid, AFFINE)
+    start = model(moving, fixed, grid)
+    refined = refine(model, start, grid, Refinement(steps={2: 120, 3: 300}[dim]))
+    seen = fixed[:, 0] > 0.1  # empty space says nothing about where it went
+    error = (both(refined.result, grid) - displacement(truth, grid)).norm(dim=-1)[seen]
+    assert error.max() < 0.1
+    assert both(start, grid).abs().max() == 0
+    assert displacement(truth, grid).norm(dim=-1)[seen].mean() > 1.8
+
+
+def test_the_weights_find_the_way_too():
+    grid = GRIDS[2]
+    moving, fixed = three_pairs(grid)
+    model = network(grid)
+    refined = refine(model, model(moving, fixed, grid), grid, Refinement(steps=20, mode="weights", rate=1e-3))
+    assert (refined.curve[-1] < 0.3 * refined.curve[0]).all()
+
+
+# One by one or together
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dim", [2, 3])
+def test_three_pairs_together_are_three_pairs_one_by_one(dim, mode):
+    grid = GRIDS[dim]
+    moving, fixed = three_pairs(grid)
+    model = network(grid)
+    settings = Refinement(steps=5, mode=mode, rate=RATE[mode], bending=1.0)
+    together = refine(model, model(moving, fixed, grid), grid, settings)
+    for i in range(3):
+        start = model(moving[[i]], fixed[[i]], grid)
+        alone = refine(model, start, grid, settings)
+        torch.testing.assert_close(together.curve[:, i : i + 1], alone.curve, rtol=1e-3, atol=1e-6)
+        moved = both(together.result, grid)[[i]]
+        torch.testing.assert_close(moved, both(alone.result, grid), rtol=0, atol=1e-3)
+        assert moved.abs().max() > 0.1
+
+
+# What is returned
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_best_is_kept_and_never_worse_than_the_start(mode):
+    """A rate far too large: the loss jumps up and down, what is returned is the lowest point of each pair's curve."""
+    grid = GRIDS[2]
+    moving, fixed = three_pairs(grid)
+    model = network(grid)
+    start = model(moving, fixed, grid)
+    refined = refine(model, start, grid, Refinement(steps=12, mode=mode, rate=30 * RATE[mode]))
+    assert (refined.curve.diff(dim=0) > 0).any()
+    assert refined.curve.shape == (13, 3)
+    assert refined.stopped.tolist() == [12, 12, 12]
+    torch.testing.assert_close(refined.curve[0], objectives.refinement(start.features, start.transform, grid))
+    reached = objectives.refinement(refined.result.features, refined.result.transform, grid)
+    torch.testing.assert_close(reached, refined.curve.amin(0), rtol=1e-4, atol=1e-6)
+    assert (reached <= refined.curve[0]).all()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_curve_and_the_best_hold_the_bending_energy_too(mode):
+    grid = GRIDS[2]
+    moving, fixed = three_pairs(grid)
+    model = network(grid, SPLINE)
+    start = model(moving, fixed, grid)
+    weight = 1000.0
+    loose, stiff = (
+        refine(model, start, grid, Refinement(steps=15, mode=mode, rate=3 * RATE[mode], bending=bending))
+        for bending in (0.0, weight)
+    )
+    energies = []
+    for refined in (loose, stiff):
+        spline = refined.result.transform
+        energies.append(bending_energy_spline_plain(spline.coefficients, spline.grid, grid))
+    assert (energies[1] < 0.5 * energies[0]).all()
+    data = objectives.refinement(stiff.result.features, stiff.result.transform, grid)
+    torch.testing.assert_close(stiff.curve.amin(0), data + weight * energies[1], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_no_steps_return_what_was_given(mode):
+    grid = GRIDS[2]
+    moving, fixed = three_pairs(grid)
+    model = network(grid)
+    nn.init.normal_(model.stages[0].out.bias, std=0.3)
+    start = model(moving, fixed, grid)
+    refined = refine(model, start, grid, Refinement(steps=0, mode=mode))
+    torch.testing.assert_close(both(refined.result, grid), both(start, grid), rtol=0, atol=1e-5)
+    assert both(start, grid).abs().max() > 0.5
+    assert refined.curve.shape == (1, 3)
+    assert refined.stopped.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_result_has_the_same_form_as_the_models(mode):
+    grid = GRIDS[2]
+    moving, fixed = three_pairs(grid)
+    model = network(grid)
+    start = model(moving, fixed, grid)
+    with torch.no_grad():  # whoever calls, refinement needs gradients and hands out none
+        refined = refine(model, start, grid, Refinement(steps=2, mode=mode))
+    assert isinstance(refined, Refined)
+    assert len(refined.result.steps) == 2
+    for before, after in zip(start.steps, refined.result.steps, strict=True):
+        assert before.parameters.shape == after.parameters.shape
+        assert not torch.equal(before.parameters, after.parameters)
+        assert not after.parameters.requires_grad
+    assert not refined.curve.requires_grad
+    again = refine(model, refined.result, grid, Refinement(steps=2))  # and can be refined further
+    torch.testing.assert_close(again.curve[0], refined.curve.amin(0), rtol=1e-4, atol=1e-6)
+
+
+# What is left alone
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_model_and_the_result_are_left_as_they_were(mode):
+    grid = GRIDS[2]
+    moving, fixed = three_pairs(grid)
+    model = network(grid, itn=(4, 6))
+    for parameter in model.itn.parameters():
+        parameter.requires_grad_(False)
+    before = copy.deepcopy(model.state_dict())
+    start = model(moving, fixed, grid)
+    kept = [start.features[0].detach().clone(), *(step.parameters.detach().clone() for step in start.steps)]
+    refine(model, start, grid, Refinement(steps=3, mode=mode))
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert [p.requires_grad for p in model.itn.parameters()] == [False] * len(list(model.itn.parameters()))
+    assert not model.training
+    now = [start.features[0], *(step.parameters for step in start.steps)]
+    assert all(torch.equal(a, b) for a, b in zip(kept, now, strict=True))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_itn_plays_no_part(mode):
+    """Planted: an ITN of nothing but NaN, after its maps were made."""
+    grid = GRIDS[2]
+    moving, fixed = three_pairs(grid)
+    model = network(grid, itn=(4, 6))
+    start = model(moving, fixed, grid)
+    settings = Refinement(steps=5, mode=mode, rate=RATE[mode] / 5)
+    expected = refine(model, start, grid, settings)
+    for parameter in model.itn.parameters():
+        nn.init.constant_(parameter, torch.nan)
+    torch.testing.assert_close(refine(model, start, grid, settings).curve, expected.curve, rtol=0, atol=0)
+    assert (expected.curve[-1] != expected.curve[0]).all()
+    assert expected.result.features[0].grad_fn is None
+
+
+def test_labels_have_no_way_in():
+    assert set(inspect.signature(refine).parameters) == {"model", "result", "grid", "settings", "loss", "watch"}
+
+
+# Patience
+
+
+def scripted(values: list[list[float]]):
+    """A loss that falls and rises by a script, whatever the transform, and still moves it at every step."""
+    calls = iter(values)
+
+    def loss(features: tuple[Tensor, Tensor], transform: Transform, grid: Grid, *_: object) -> Tensor:
+        push = displacement(transform, grid).flatten(1).sum(1)
+        return torch.tensor(next(calls))[: len(push)] + push - push.detach()
+
+    return loss
+
+
+def test_a_pair_that_stands_still_stops_and_the_others_go_on():
+    grid = GRIDS[2]
+    moving, fixed = three_pairs(grid)
+    model = network(grid, AFFINE)
+    # pair 0 plateaus at 4 from step 1 on, and would find 1 at step 6, too late; pair 1 falls; pair 2 never moves
+    first, second, third = [5.0, 4, 4, 4, 4, 4, 1, 1, 1], [9.0, 8, 7, 6, 5, 4, 3, 2, 1], [2.0] * 9
+    script = [list(column) for column in zip(first, second, third, strict=True)]
+    seen: list[Tensor] = []
+    refined = refine(
+        model,
+        model(moving, fixed, grid),
+        grid,
+        Refinement(steps=8, patience=3),
+        scripted(script),
+        watch=lambda count, transform: seen.append(displacement(transform, grid).detach()),
+    )
+    assert refined.stopped.tolist() == [4, 8, 3]
+    assert refined.curve[:, 0].tolist() == [5, 4, 4, 4, 4, 4, 4, 4, 4]
+    assert refined.curve[:, 1].tolist() == second
+    assert refined.curve[:, 2].tolist() == third
+    # each pair's transform is that of its lowest loss: after 1 step, after all, at the start
+    torch.testing.assert_close(both(refined.result, grid), torch.stack([seen[1][0], seen[8][1], seen[0][2]]))
+    assert (seen[2][0] - seen[1][0]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_all_pairs_stop_and_so_does_the_loop(mode):
+    grid = GRIDS[2]
+    moving, fixed = (image[:1] for image in three_pairs(grid))
+    model = network(grid, AFFINE)
+    script = [[3.0], [2.0], [2.0], [2.0]]  # a fifth call would raise StopIteration
+    settings = Refinement(steps=30, mode=mode, patience=2)
+    refined = refine(model, model(moving, fixed, grid), grid, settings, scripted(script))
+    assert refined.curve[:, 0].tolist() == [3, 2, 2, 2]
+    assert refined.stopped.tolist() == [3]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_pairs_may_stop_at_different_times(mode):
+    grid = GRIDS[2]
+    moving, fixed = three_pairs(grid)
+    model = network(grid)
+    settings = Refinement(steps=40, mode=mode, rate=RATE[mode], patience=3, tolerance=0.2)
+    together = refine(model, model(moving, fixed, grid), grid, settings)
+    assert len(set(together.stopped.tolist())) > 1
+    assert together.curve.shape == (together.stopped.max() + 1, 3)
+    for i, stopped in enumerate(together.stopped.tolist()):
+        alone = refine(model, model(moving[[i]], fixed[[i]], grid), grid, settings)
+        assert alone.stopped.item() == stopped
+        torch.testing.assert_close(together.curve[: stopped + 1, i], alone.curve[:, 0], rtol=1e-2, atol=1e-5)
+        assert (together.curve[stopped:, i] == together.curve[stopped, i]).all()
+
+
+def test_a_fall_counts_from_the_tolerance_on_also_below_zero():
+    grid = GRIDS[2]
+    moving, fixed = (image[:1] for image in three_pairs(grid))
+    model = network(grid, AFFINE)
+    for script, stopped in (
+        ([4.0, 3.9, 3.8, 3.7], 3),  # from 4 less than a tenth in each, and in all
+        ([4.0, 3.9, 3.5, 3.4, 3.3, 3.2], 5),  # 3.5 is an eighth less than 4
+        ([-4.0, -4.1, -4.2, -4.3], 3),
+        ([-4.0, -4.1, -4.5, -4.6, -4.7, -4.8], 5),
+    ):
+        settings = Refinement(steps=len(script) - 1, patience=3, tolerance=0.1)
+        refined = refine(model, model(moving, fixed, grid), grid, settings, scripted([[v] for v in script]))
+        assert refined.stopped.item() == stopped
+        assert refined.curve.min().item() == pytest.approx(min(script), abs=1e-3)
+        # one step fewer of patience would have been too few
+        impatient = dataclasses.replace(settings, patience=2)
+        early = refine(model, model(moving, fixed, grid), grid, impatient, scripted([[v] for v in script]))
+        assert early.stopped.item() < stopped
+
+
+def test_without_patience_nothing_stops():
+    grid = GRIDS[2]
+    moving, fixed = (image[:1] for image in three_pairs(grid))
+    model = network(grid, AFFINE)
+    refined = refine(model, model(moving, fixed, grid), grid, Refinement(steps=9), scripted([[1.0]] * 10))
+    assert refined.stopped.item() == 9
+    assert len(refined.curve) == 10
+
+
+# Watching, precision, settings
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_watcher_sees_every_transform_on_the_way(mode):
+    grid = GRIDS[2]
+    moving, fixed = (image[:1] for image in three_pairs(grid))
+    model = network(grid)
+    start = model(moving, fixed, grid)
+    seen: list[tuple[int, Tensor]] = []
+
+    def watch(count: int, transform: Transform) -> None:
+        with torch.no_grad():
+            seen.append((count, objectives.refinement(start.features, transform, grid)))
+
+    refined = refine(model, start, grid, Refinement(steps=5, mode=mode, rate=RATE[mode]), watch=watch)
+    assert [count for count, _ in seen] == [0, 1, 2, 3, 4, 5]
+    torch.testing.assert_close(torch.stack([loss for _, loss in seen]), refined.curve)
+    unwatched = refine(model, start, grid, Refinement(steps=5, mode=mode, rate=RATE[mode]))
+    assert torch.equal(unwatched.curve, refined.curve)
+
+
+def test_weights_are_watched_one_pair_at_a_time():
+    grid = GRIDS[2]
+    model = network(grid)
+    start = model(*three_pairs(grid), grid)
+    with pytest.raises(ValueError) as caught:
+        refine(model, start, grid, Refinement(mode="weights"), watch=lambda count, transform: None)
+    assert one_sentence(caught.value, "one pair")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_mixed_precision_around_it_changes_nothing(mode):
+    grid = GRIDS[2]
+    moving, fixed = three_pairs(grid)
+    model = network(grid)
+    start = model(moving, fixed, grid)
+    settings = Refinement(steps=4, mode=mode, rate=RATE[mode], bending=1.0)
+    expected = refine(model, start, grid, settings)
+    with torch.autocast("cpu", torch.bfloat16):
+        refined = refine(model, start, grid, settings)
+    assert torch.equal(refined.curve, expected.curve)
+    assert both(refined.result, grid).dtype == torch.float32
+    assert torch.equal(both(refined.result, grid), both(expected.result, grid))
+
+
+def test_settings_that_mean_nothing_get_one_sentence():
+    with pytest.raises(ValueError) as caught:
+        Refinement(mode="weight")
+    assert one_sentence(caught.value, "parameters", "weights", "'weight'")
+    with pytest.raises(ValueError) as caught:
+        Refinement(steps=-1)
+    assert one_sentence(caught.value, "-1")
