@@ -63,8 +63,8 @@ def save_model(path: Path, model: Model) -> Path:
     """Write a checkpoint; the file appears whole or not at all.
 
     Raises:
-        ValueError: if the path does not end in .safetensors, or the network is of no known kind, or a weight is not
-            finite in half precision.
+        ValueError: if the path does not end in .safetensors or can not be written, the network is of no known kind, or
+            a weight is not finite in half precision.
     """
     path = Path(path)
     if path.suffix != SUFFIX:
@@ -82,7 +82,10 @@ def save_model(path: Path, model: Model) -> Path:
     }
     weights = {name: t.detach().cpu().half().contiguous() for name, t in model.network.state_dict().items()}
     _check_finite(weights, f"The network of {model.name}")
-    write_whole(path, lambda temporary: save_file(weights, temporary, header))
+    try:
+        write_whole(path, lambda temporary: save_file(weights, temporary, header))
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"The checkpoint {path} can not be written ({_reason(error)}).") from None
     return path
 
 

@@ -154,13 +154,13 @@ class Train:
 
     def __call__(self) -> int:
         """Run the command and return the exit status."""
-        from regteach import recipes
+        from regteach import recipes, runs
         from regteach.registration import writable
 
         given = {"steps": self.steps, "seed": self.seed}
         recipe = recipes.find_recipe(self.recipe, **{key: v for key, v in given.items() if v is not None})
         folder = writable(self.out or Path("runs") / recipe.name)
-        recipes.run(recipe, folder, lambda record: print(recipes.line(record), flush=True))
+        runs.run(recipe, folder, lambda record: print(runs.line(record), flush=True))
         print(folder / f"{recipe.name}.safetensors")
         return 0
 
@@ -178,12 +178,12 @@ class Evaluate:
 
     def __call__(self) -> int:
         """Run the command and return the exit status."""
-        from regteach import checkpoints, recipes
+        from regteach import checkpoints, runs
 
         if not self.model:
             print("\n".join(checkpoints.available()) or "No weights ship with this version.")
             return 0
-        for name, figures in recipes.evaluate(checkpoints.load(self.model), self.pairs, self.refine).items():
+        for name, figures in runs.evaluate(checkpoints.load(self.model), self.pairs, self.refine).items():
             print(f"{name:10s} " + "  ".join(f"{key} {value:.3f}" for key, value in figures.items()))
         return 0
 

@@ -1,4 +1,4 @@
-"""Bring a user's image to the grid and the scale of a network: find what it shows, place the grid, read it there.
+"""From what a user has to what a network sees: take the image in, find what it shows, place the grid, read it there.
 
 A network was trained on images of one spacing, with the anatomy in the middle, values in [0, 1] and a background of 0.
 A file from a scanner has any spacing, any field of view, and air that is 0, -1024 or noise. This module is all that
@@ -9,27 +9,33 @@ Convention: positions in mm, in the world coordinates of the files; images ``1 1
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from os import PathLike
+from typing import Any
 
+import nibabel as nib
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
+from nibabel.filebasedimages import FileBasedImage
 from torch import Tensor
 
 from regteach.affine import Affine
-from regteach.data.intensity import normalised
-from regteach.data.volumes import Volume
+from regteach.data.intensity import PERCENTILES
+from regteach.data.volumes import Volume, read_volume
 from regteach.grid import Grid
 from regteach.sampling import Mapping, smooth, warp
 from regteach.transforms import Identity, Transform
 
+Source = str | PathLike[str] | nib.Nifti1Image | Volume | tuple[Any, Grid]
 Box = tuple[tuple[float, ...], tuple[float, ...]]
 
-COARSE = 64  # voxels along an axis are enough to see where something is; averaging takes the noise away
+COARSE = 64  # voxels along an axis are enough to see where something is
 CLEAR = 0.1  # a border that varies by less than this part of the signal is background
 SPECKS = 0.01  # of the signal, at either end of an axis: a speck is no anatomy
-FAR = 1 / 8  # of the working grid's extent: middles further apart than this, and
-APART = 0.9  # boxes that share less than this part of the smaller one along an axis, lie far apart
+FAR = 1 / 8  # of the working grid's extent: when one box sticks out of the other by more, they lie far apart
+COUNTED = 2**20  # voxels, at most about that many, are enough for a percentile
 ROOM = 1 / 4  # of the working grid's extent: how far around it an image is kept, for what moves in
 
 
@@ -51,6 +57,32 @@ class Framed:
     def middle(self) -> tuple[float, ...]:
         """Middle of what the image shows, mm."""
         return tuple((a + b) / 2 for a, b in zip(*self.box, strict=True))
+
+
+def as_volume(source: Source, name: str, labels: bool = False) -> Volume:
+    """A volume from whatever a user has.
+
+    Raises:
+        FileNotFoundError, ValueError: as ``read_volume``; and if an array does not fit its grid or can not be used.
+    """
+    title = name[0].upper() + name[1:]
+    if isinstance(source, Volume):
+        if labels and source.data.is_floating_point():
+            return replace(source, source=_whole(source.data, title))
+        return source
+    if isinstance(source, str | PathLike | FileBasedImage):
+        return read_volume(source, labels)
+    if not isinstance(source, tuple) or len(source) != 2 or not isinstance(source[1], Grid):
+        raise ValueError(f"{title} is a path, an image of nibabel, a volume, or a pair (array, Grid).")
+    array, grid = source
+    values = array.detach().cpu().numpy() if isinstance(array, Tensor) else np.asarray(array)
+    if values.shape != grid.shape:
+        raise ValueError(f"{title} has the shape {values.shape}, but its grid has {grid.shape}.")
+    if values.dtype.kind not in "iufb":
+        raise ValueError(f"{title} holds {values.dtype}, but an image holds one real number a voxel.")
+    if labels and values.dtype.kind == "f":
+        return Volume(_whole(torch.from_numpy(values.astype(np.float64)), title), grid)
+    return Volume(torch.from_numpy(values.astype(np.int64 if labels else np.float32)), grid)
 
 
 def framed(volume: Volume) -> Framed:
@@ -83,16 +115,15 @@ def working_grid(grid: Grid, fixed: Framed) -> Grid:
 def start(moving: Framed, fixed: Framed, grid: Grid) -> tuple[Transform, float]:
     """Where the search starts: the world coordinates as they are; or a shift from middle to middle.
 
-    The shift is for images that lie far apart. Images that show more or less of the same space (a head and its brain)
-    have middles apart, but one box within the other: they stay as they are.
+    The shift is for images that lie far apart. Those that show more or less of the same space (a head and its brain)
+    stay as they are: their middles are apart, but what one shows lies within what the other shows.
 
     Returns:
         Fixed to moving points, and the distance of the shift, mm (0 for none).
     """
-    shift = [m - f for m, f in zip(moving.middle, fixed.middle, strict=True)]
-    middles = any(abs(s) > FAR * length for s, length in zip(shift, grid.extent, strict=True))
-    if not middles or min(_shared(moving.box, fixed.box)) >= APART:
+    if all(out <= FAR * length for out, length in zip(_sticks_out(moving.box, fixed.box), grid.extent, strict=True)):
         return Identity(grid.dim), 0.0
+    shift = [m - f for m, f in zip(moving.middle, fixed.middle, strict=True)]
     unit = torch.eye(grid.dim)[None]
     return Affine(unit, torch.tensor([shift]), torch.tensor(grid.centre)), math.hypot(*shift)
 
@@ -101,41 +132,65 @@ class Reader:
     """Reads an image on the working grid, through any transform.
 
     Only the part around the working grid is kept. Where its voxels are much smaller than those of the working grid it
-    is smoothed first, as averaging would do.
+    is smoothed first. The scale is that of the training (``normalised``): [0, 1] between two percentiles of what is not
+    background, counted where the working grid lies.
 
     Args:
         image: what to read.
         working: where.
         begin: the transform that the search starts from.
         device: where to compute.
+
+    Raises:
+        ValueError: if there is nothing to see.
     """
 
     def __init__(self, image: Framed, working: Grid, begin: Transform, device: torch.device) -> None:
-        corner, opposite = (begin(torch.tensor([[p]]))[0, 0].tolist() for p in (working.origin, working.last))
-        low, high = [], []
-        for axis, (a, b) in enumerate(zip(corner, opposite, strict=True)):
-            own, n, room = image.grid.spacing[axis], image.grid.shape[axis], ROOM * working.extent[axis]
-            first = math.floor((a - room - image.grid.origin[axis]) / own)
-            last = math.ceil((b + room - image.grid.origin[axis]) / own)
-            low.append(min(max(first, 0), n - 1))
-            high.append(max(min(last + 1, n), low[-1] + 1))
+        corners = [begin(torch.tensor([[p]]))[0, 0].tolist() for p in (working.origin, working.last)]
+        low, high = _voxels(image.grid, corners, [ROOM * length for length in working.extent])
         self.working, self.grid = working, image.grid.cropped(low, high)
-        voxels = [slice(a, b) for a, b in zip(low, high, strict=True)]
-        part = image.image[(slice(None), slice(None), *voxels)].to(device)
+        part = image.image[_slices(low, high)].to(device)
         ratio = [w / h for w, h in zip(working.spacing, self.grid.spacing, strict=True)]
+        self.part = part
         if max(ratio) > 1.5:
             # A Gaussian as wide as the new voxel, less the width of the old one, in quadrature.
             widths = zip(ratio, self.grid.spacing, strict=True)
-            part = smooth(part, tuple(0.42 * h * math.sqrt(max(0.0, r * r - 1)) for r, h in widths), self.grid)
-        self.part = part
+            self.part = smooth(part, tuple(0.42 * h * math.sqrt(max(0.0, r * r - 1)) for r, h in widths), self.grid)
+        box = _slices(*_voxels(self.grid, corners, [0.0] * working.dim))
+        self.low, self.high = _scale(self.part[box][part[box] > 0])
 
     def __call__(self, transform: Mapping) -> Float[Tensor, "1 1 *working"]:
-        """The image in [0, 1] on the working grid; 0 outside of it.
+        """The image in [0, 1] on the working grid; 0 outside of it."""
+        read = warp(self.part, transform, self.grid, self.working, padding="zeros")
+        return ((read - self.low) / (self.high - self.low)).clamp(0, 1)
 
-        Raises:
-            ValueError: if there is nothing to see.
-        """
-        return normalised(warp(self.part, transform, self.grid, self.working, padding="zeros"))
+
+def _whole(data: Tensor, title: str) -> Tensor:
+    if not bool((data == data.round()).all()):
+        raise ValueError(f"{title} is no label map: its values are not whole numbers.")
+    return data.long()
+
+
+def _voxels(grid: Grid, corners: list[list[float]], room: list[float]) -> tuple[list[int], list[int]]:
+    """First voxel, and one beyond the last, of a box between two points (mm) with room around; one voxel at least."""
+    low, high = [], []
+    for a, b, extra, n, h, zero in zip(*corners, room, grid.shape, grid.spacing, grid.origin, strict=True):
+        low.append(min(max(math.floor((a - extra - zero) / h), 0), n - 1))
+        high.append(max(min(math.ceil((b + extra - zero) / h) + 1, n), low[-1] + 1))
+    return low, high
+
+
+def _slices(low: Sequence[int], high: Sequence[int]) -> tuple[slice, ...]:
+    return (slice(None), slice(None), *[slice(a, b) for a, b in zip(low, high, strict=True)])
+
+
+def _scale(signal: Float[Tensor, "n"]) -> tuple[float, float]:
+    """What becomes 0 and what becomes 1, of the values that count."""
+    ordered = signal[:: max(1, len(signal) // COUNTED)].sort().values
+    if not len(ordered):
+        raise ValueError("There is nothing but background.")
+    low, high = (float(ordered[round(p / 100 * (len(ordered) - 1))]) for p in PERCENTILES)
+    return (low, high) if low < high else (0.0, float(ordered[-1]))
 
 
 def _on_zero(image: Tensor, clear: bool) -> Tensor:
@@ -156,12 +211,13 @@ def _on_zero(image: Tensor, clear: bool) -> Tensor:
 
 
 def _averaged(image: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
-    """The image averaged over blocks, to about COARSE voxels along each axis; the last block may be a smaller one."""
+    """The image averaged over blocks, to about COARSE voxels along each axis, and smoothed by one."""
     blocks = [max(1, n // COARSE) for n in grid.shape]
     small = {2: F.avg_pool2d, 3: F.avg_pool3d}[grid.dim](image, blocks, ceil_mode=True)
     spacing = tuple(h * b for h, b in zip(grid.spacing, blocks, strict=True))
     origin = tuple(o + 0.5 * (b - 1) * h for o, b, h in zip(grid.origin, blocks, grid.spacing, strict=True))
-    return small, Grid(tuple(small.shape[2:]), spacing, origin)
+    coarse = Grid(tuple(small.shape[2:]), spacing, origin)
+    return smooth(small, spacing, coarse), coarse
 
 
 def _border(image: Tensor) -> tuple[float, float]:
@@ -186,13 +242,14 @@ def _box(signal: Tensor, grid: Grid) -> Box:
     return tuple(low), tuple(high)
 
 
-def _shared(a: Box, b: Box) -> list[float]:
-    """Part of the smaller box that lies in the other one, along each axis."""
-    parts: list[float] = []
-    for low_a, low_b, high_a, high_b in zip(a[0], b[0], a[1], b[1], strict=True):
-        smaller = max(min(high_a - low_a, high_b - low_b), 1e-6)
-        parts.append(max(0.0, min(high_a, high_b) - max(low_a, low_b)) / smaller)
-    return parts
+def _sticks_out(a: Box, b: Box) -> list[float]:
+    """How far, in mm along each axis, the smaller box reaches beyond the other one."""
+    out = []
+    for low_a, high_a, low_b, high_b in zip(*a, *b, strict=True):
+        first, second = (low_a - low_b, high_a - high_b), (low_b - low_a, high_b - high_a)
+        small = first if high_a - low_a <= high_b - low_b else second
+        out.append(max(-small[0], small[1], 0.0))
+    return out
 
 
 def span(values: Sequence[float]) -> str:

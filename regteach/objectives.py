@@ -77,7 +77,7 @@ def _pyramid(maps: Tensor, levels: int) -> list[Tensor]:
     """The maps, and their means over cubes of 2, 4, ... voxels."""
     every = [maps]
     while len(every) < levels and min(every[-1].shape[2:]) >= 4:
-        every.append(_averaged(every[-1], 2))
+        every.append(averaged(every[-1], 2))
     return every
 
 
@@ -151,7 +151,7 @@ def istn(
     if variant not in ISTN:
         raise ValueError(f"A variant of ISTN is one of {', '.join(ISTN)}, not {variant!r}.")
     targets = images if variant == "unsupervised" else soi
-    small = [_averaged(maps, coarsen) for maps in (*result.features, *targets)]
+    small = [averaged(maps, coarsen) for maps in (*result.features, *targets)]
     coarse = replace(result, features=(small[0], small[1]))
     terms = ISTN[variant](coarse, small[2], small[3], grid.coarsened(coarsen))
     if variant == "explicit" and coarsen > 1:
@@ -175,7 +175,7 @@ class Focus:
 
 
 def focus_on(
-    features: tuple[Tensor, Tensor], transform: Transform, grid: Grid, margin_mm: float, shown: float = 0.1
+    features: tuple[Tensor, Tensor], transform: Transform, grid: Grid, margin_mm: float, shown: float = 0.25
 ) -> Focus:
     """A box around what the maps show, in the fixed map and in the moving map as it lies now, and a margin.
 
@@ -253,8 +253,8 @@ def _stages(result: Result, loss: Callable[[Transform], Tensor]) -> Float[Tensor
     return torch.stack([loss(result.up_to(count)) for count in range(1, len(result.steps) + 1)]).mean(0)
 
 
-def _averaged(maps: Tensor, factor: int) -> Tensor:
-    """Means over cubes, on ``grid.coarsened(factor)``."""
+def averaged(maps: Tensor, factor: int) -> Tensor:
+    """Means over cubes of ``factor`` voxels: the maps on ``grid.coarsened(factor)``."""
     return maps if factor == 1 else {2: F.avg_pool2d, 3: F.avg_pool3d}[maps.ndim - 2](maps, factor)
 
 

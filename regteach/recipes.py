@@ -5,33 +5,18 @@ validation people only.
 """
 
 import difflib
-import json
-import os
-import platform
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cache, partial
-from importlib.metadata import version
-from pathlib import Path
-from typing import Any
 
-import torch
-from torch import Tensor, nn
-
-from regteach import objectives, plotting
+from regteach import objectives
 from regteach.affine import AffineBounds
-from regteach.checkpoints import Model, load, save_model
-from regteach.data.augment import Augmentation, augmented
+from regteach.data.augment import Augmentation
 from regteach.data.cohort import Cohort, joined
-from regteach.evaluation import figures_of, measure, pairs_to_test
 from regteach.grid import Grid
-from regteach.nets.blocks import fast_layout
-from regteach.nets.istn import ISTN, AffineStage, ISTNConfig, SplineStage, count_parameters
+from regteach.nets.istn import AffineStage, ISTNConfig, SplineStage, Stage
 from regteach.refinement import Refinement
-from regteach.sampling import warp
-from regteach.training import Progress, Settings, Trained, train
-from regteach.transforms import Identity
+from regteach.training import Settings
 
 
 @dataclass(frozen=True)
@@ -61,76 +46,14 @@ class Recipe:
     refinement: Refinement = Refinement()
 
 
-class CohortTask:
-    """Training of an ISTN on pairs of a cohort: what ``training.train`` needs to know.
-
-    Args:
-        recipe: what to do.
-        cohort: on what; the recipe's own data where left out.
-        validation_pairs: how many pairs of validation people judge the weights.
-        seed: of every item.
-    """
-
-    def __init__(self, recipe: Recipe, cohort: Cohort | None = None, validation_pairs: int = 20) -> None:
-        self.recipe = recipe
-        self.cohort = load_cohort(recipe.data) if cohort is None else cohort
-        self.pairs = self.cohort.pairs("train")
-        available = self.cohort.pairs("validation")
-        self.judged = self.cohort.pairs("validation", min(validation_pairs, len(available)), seed=0)
-
-    def build(self) -> nn.Module:
-        """An untrained network, laid out for fast convolutions."""
-        return fast_layout(ISTN(self.recipe.config), self.cohort.grid.dim)
-
-    def loss(self, model: nn.Module, items: Sequence[int], device: torch.device) -> dict[str, Tensor]:
-        """The variant's terms on random training pairs."""
-        drawn = [self._item(number) for number in items]
-        (moving, fixed), (soi_moving, soi_fixed) = (
-            [torch.cat([item[kind][side] for item in drawn]).to(device) for side in (0, 1)] for kind in (0, 1)
-        )
-        grid = self.cohort.grid
-        result = model(moving, fixed, grid)
-        recipe, images, soi = self.recipe, (moving, fixed), (soi_moving, soi_fixed)
-        return objectives.istn(recipe.variant, result, images, soi, grid, recipe.bending, recipe.coarsen)
-
-    def validate(self, model: nn.Module, device: torch.device) -> dict[str, float]:
-        """Dice, one pass, on validation people."""
-        return measure(model, self.cohort, self.judged, device)[0]
-
-    def picture(self, model: nn.Module, device: torch.device) -> bytes | None:
-        """The first validation pair: fixed, moving, warped, and the map of the fixed image."""
-        moving, fixed = self.judged[0]
-        images, grid = self.cohort.images, self.cohort.grid
-        result = model(images[[moving]].to(device), images[[fixed]].to(device), grid)
-        warped = warp(images[[moving]].to(device), result.transform, grid)
-        shown = [images[fixed, 0], images[moving, 0], warped[0, 0], result.features[1][0].amax(0)]
-        middle = (slice(None), slice(None), *[n // 2 for n in grid.shape[2:]])
-        figure, axes = plotting.axes(1, 4)
-        for ax, image, title in zip(axes.flat, shown, ("fixed", "moving", "warped", "map of fixed"), strict=True):
-            plotting.image(ax, image.detach().cpu()[middle], title=title)
-        return plotting.png(figure)
-
-    def _item(self, number: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        generator = torch.Generator().manual_seed(self.recipe.settings.seed * 1_000_000_007 + number)
-        pair = self.pairs[int(torch.randint(len(self.pairs), (), generator=generator))]
-        sides = [self._side(index, generator) for index in pair]
-        return (sides[0][0], sides[1][0]), (sides[0][1], sides[1][1])
-
-    def _side(self, index: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        cohort = self.cohort
-        tissue = None if cohort.tissue is None else cohort.tissue[[index]]
-        image, soi = cohort.images[[index]], cohort.soi[[index]]
-        return augmented(image, soi, cohort.grid, self.recipe.augmentation, generator, tissue, cohort.synthesis)
-
-
-def _trees(kind: str) -> Cohort:
+def _tree_cohort(kind: str) -> Cohort:
     from regteach.data.trees import generate_trees
 
     return generate_trees(kind=kind)
 
 
 def _synth2d() -> Cohort:
-    from regteach.data.trees import read_synth2d
+    from regteach.data.synth2d import read_synth2d
 
     return read_synth2d()
 
@@ -164,8 +87,8 @@ def _brains() -> Cohort:
 
 
 COHORTS: dict[str, Callable[[], Cohort]] = {
-    "trees": lambda: _trees("segmentation"),
-    "tree-landmarks": lambda: _trees("landmarks"),
+    "trees": lambda: _tree_cohort("segmentation"),
+    "tree-landmarks": lambda: _tree_cohort("landmarks"),
     "synth2d": _synth2d,
     "hippocampus": _hippocampus,
     "slices": _slices,
@@ -194,32 +117,138 @@ def known(name: str, table: dict, what: str):  # type: ignore[no-untyped-def]
 
 
 TREES = Grid((128, 128))
+SLICES = Grid((160, 208))
 HIPPOCAMPUS = Grid((48, 64, 48))
+DONORS = Grid((64, 64, 64), (3.0,))
 BRAINS = Grid((64, 72, 64), (2.0,))
-WIDE = AffineBounds(translation_mm=16.0, rotation_deg=60.0, scale_ratio=1.6, stretch_axes_deg=45.0, shear_ratio=0.3)
+
+# How far people differ, after their images have been brought roughly into place.
+PEOPLE = AffineBounds(translation_mm=16.0, rotation_deg=30.0, scale_ratio=1.4, stretch_axes_deg=45.0, shear_ratio=0.2)
+FAST = Settings(rate=1e-3, warmup=30, decay=True, precision="bf16")
 
 
-def _tree_recipes() -> list[Recipe]:
-    stages = {
-        "affine": (AffineStage(WIDE, (16, 32, 64)),),
-        "bspline": (AffineStage(WIDE, (16, 32, 64)), SplineStage(16.0, widths=(16, 32, 32))),
-    }
+def _family(name: str, base: Recipe, stages: dict[str, tuple[Stage, ...]]) -> list[Recipe]:
+    """Every variant with every kind of transform: what the paper's Table 1 compares."""
     return [
-        Recipe(
-            f"istn-trees-{kind}-{variant}",
-            "trees",
-            variant,
-            ISTNConfig(TREES, stages[kind], itn=(8, 16, 32), shrink=2),
-            Settings(steps=1500, batch=10, rate=2e-3, warmup=20, decay=True, validate_every=100),
-            Augmentation(shift_mm=6.0, rotation_deg=20.0, scale_ratio=1.15, shear=0.1),
-            bending=10.0,
+        replace(
+            base,
+            name=f"{name}-{kind}-{variant}",
+            variant=variant,
+            config=replace(
+                base.config, stages=chosen, itn=() if variant in ("unsupervised", "supervised") else base.config.itn
+            ),
         )
-        for kind in stages
+        for kind, chosen in stages.items()
         for variant in objectives.ISTN
     ]
 
 
-RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in _tree_recipes()}
+def _trees() -> list[Recipe]:
+    affine = AffineStage(replace(PEOPLE, rotation_deg=60.0, scale_ratio=1.6, shear_ratio=0.3), (16, 32, 64))
+    base = Recipe(
+        "",
+        "trees",
+        "",
+        ISTNConfig(TREES, (affine,), itn=(8, 16, 32), shrink=2),
+        Settings(steps=700, batch=10, rate=1e-3, warmup=50, decay=True, validate_every=50),
+        Augmentation(shift_mm=6.0, rotation_deg=20.0, scale_ratio=1.15, shear=0.1),
+        bending=10.0,
+        refinement=Refinement(50, rate=0.01),
+    )
+    spline = SplineStage(16.0, widths=(16, 32, 32))
+    return _family("istn-trees", base, {"affine": (affine,), "bspline": (affine, spline)})
+
+
+def _people(
+    name: str, data: str, grid: Grid, structures: int, steps: int, control_mm: tuple[float, ...]
+) -> list[Recipe]:
+    affine = AffineStage(PEOPLE, (16, 32, 32))
+    splines = tuple(SplineStage(mm, widths=(16, 32, 32)) for mm in control_mm)
+    base = Recipe(
+        "",
+        data,
+        "",
+        ISTNConfig(grid, (affine,), 1, structures, (16, 32, 64, 64), shrink=2),
+        replace(FAST, steps=steps, batch=2, validate_every=100),
+        Augmentation(3.0, 10.0, 1.1, 0.05, 2.0, 16.0, gamma=0.3, noise=0.05),
+        bending=5.0,
+        coarsen=2,
+        refinement=Refinement(50, rate=0.03, focus_mm=4.0, coarsen=2),
+    )
+    return _family(name, base, {"affine": (affine,), "bspline": (affine, *splines)})
+
+
+def _shipped() -> list[Recipe]:
+    """One model for each kind of image, as good as we know how."""
+    small = AffineStage(replace(PEOPLE, translation_mm=10.0), (16, 32, 32))
+    slim = (16, 32, 32)
+    return [
+        Recipe(
+            "istn-hippocampus",
+            "hippocampus",
+            "explicit",
+            ISTNConfig(
+                HIPPOCAMPUS,
+                (small, SplineStage(12.0, widths=slim), SplineStage(6.0, widths=slim)),
+                structures=2,
+                shrink=2,
+            ),
+            replace(FAST, steps=1400, batch=2),
+            Augmentation(3.0, 10.0, 1.1, 0.05, 2.0, 16.0, gamma=0.3, noise=0.05),
+            bending=5.0,
+            refinement=Refinement(50, rate=0.03, focus_mm=4.0, coarsen=2),
+        ),
+        Recipe(
+            "istn-slices",
+            "slices",
+            "explicit",
+            ISTNConfig(
+                SLICES,
+                (
+                    AffineStage(AffineBounds(16.0, 20.0, 1.3, 45.0, 0.15), (16, 32, 32)),
+                    SplineStage(32.0, widths=(*slim, 32)),
+                    *(SplineStage(mm, widths=slim) for mm in (16.0, 8.0, 4.0)),
+                ),
+                structures=2,
+                shrink=2,
+            ),
+            replace(FAST, steps=800, batch=4),
+            Augmentation(6.0, 8.0, 1.12, 0.05, 4.0, 24.0, gamma=0.3, bias=0.2, noise=0.05, blur_mm=0.5),
+            bending=1.0,
+            refinement=Refinement(100, rate=0.03),
+        ),
+        Recipe(
+            "istn-brains",
+            "brains",
+            "explicit",
+            ISTNConfig(
+                BRAINS,
+                (
+                    AffineStage(replace(PEOPLE, translation_mm=20.0), (16, 32, 32)),
+                    SplineStage(16.0, widths=slim),
+                    SplineStage(8.0, widths=slim),
+                ),
+                structures=7,
+                shrink=2,
+            ),
+            replace(FAST, steps=2400, batch=1, validate_every=200),
+            Augmentation(6.0, 12.0, 1.12, 0.05, 3.0, 24.0, synthetic=1.0),
+            bending=5.0,
+            coarsen=2,
+            refinement=Refinement(50, rate=0.03, focus_mm=6.0),
+        ),
+    ]
+
+
+RECIPES: dict[str, Recipe] = {
+    recipe.name: recipe
+    for recipe in (
+        *_trees(),
+        *_people("istn-hippocampus", "hippocampus", HIPPOCAMPUS, 2, 600, (12.0, 6.0)),
+        *_people("istn-donors", "donors", DONORS, 14, 600, (18.0, 9.0)),
+        *_shipped(),
+    )
+}
 
 
 def find_recipe(name: str, **changes: object) -> Recipe:
@@ -230,85 +259,3 @@ def find_recipe(name: str, **changes: object) -> Recipe:
     """
     recipe: Recipe = known(name, RECIPES, "recipe")
     return replace(recipe, settings=replace(recipe.settings, **changes)) if changes else recipe  # type: ignore[arg-type]
-
-
-def run(recipe: Recipe, folder: Path, progress: Progress | None = None) -> Model:
-    """Train a recipe, measure it on test people, and save the checkpoint with its card.
-
-    Args:
-        recipe: what to do.
-        folder: of the run; ``NAME.safetensors`` appears in it when the run is complete.
-        progress: called after every validation.
-    """
-    task = CohortTask(recipe)
-    trained = train(task, recipe.settings, folder, progress)
-    model = Model(recipe.name, trained.model, recipe.refinement)
-    save_model(folder / f"{recipe.name}.safetensors", model)
-    # What is measured is what was saved: half-precision weights, read back.
-    stored = load(folder / f"{recipe.name}.safetensors")
-    finished = replace(stored, card=card(recipe, stored, task.cohort, trained))
-    save_model(folder / f"{recipe.name}.safetensors", finished)
-    return finished
-
-
-def evaluate(model: Model, pairs: int = 50, steps: int | None = None) -> dict[str, dict[str, float]]:
-    """Figures of a model on the test people of its own data: before, one pass, refined.
-
-    Args:
-        model: its card names the data.
-        pairs: how many at most, seed 0.
-        steps: of refinement instead of the recommended ones; 0 leaves refinement out.
-
-    Raises:
-        ValueError: if the card does not say on what the model was trained.
-    """
-    if "recipe" not in model.card:
-        raise ValueError(f"The card of {model.name} does not say on what it was trained.")
-    cohort = load_cohort(model.card["recipe"]["data"])
-    chosen = pairs_to_test(cohort, pairs)
-    settings = model.refinement if steps is None else replace(model.refinement, steps=steps)
-    before = [figures_of(cohort, *pair, Identity(cohort.grid.dim)).dice for pair in chosen]
-    figures = {"before": {"dice": _mean(before)}, "one pass": measure(model.network, cohort, chosen)[0]}
-    if settings.steps:
-        figures["refined"] = measure(model.network, cohort, chosen, refinement=settings)[0]
-    return figures
-
-
-def line(record: dict[str, float]) -> str:
-    """A validation's record in one line."""
-    return "  ".join(f"{key} {value:.4g}" for key, value in record.items())
-
-
-def card(recipe: Recipe, model: Model, cohort: Cohort, trained: Trained) -> dict[str, Any]:
-    """What a checkpoint says about itself: a test recomputes ``first_pairs``."""
-    pairs = pairs_to_test(cohort)
-    before = [figures_of(cohort, *pair, Identity(cohort.grid.dim)).dice for pair in pairs]
-    once, first_once = measure(model.network, cohort, pairs)
-    begun = time.perf_counter()
-    refined, first_refined = measure(model.network, cohort, pairs, refinement=recipe.refinement)
-    seconds = (time.perf_counter() - begun) / len(pairs)
-    return {
-        "recipe": json.loads(json.dumps(asdict(recipe))),
-        "data": cohort.origin,
-        "people": {split: len({cohort.people[i] for i in members}) for split, members in cohort.splits.items()},
-        "validation": trained.best,
-        "test_pairs": len(pairs),
-        "dice": {"before": _mean(before), "one_pass": once["dice"], "refined": refined["dice"]},
-        "folding_percent": {"one_pass": once["folding_percent"], "refined": refined["folding_percent"]},
-        "first_pairs": [
-            {"moving": cohort.people[m], "fixed": cohort.people[f], "one_pass": a.dice, "refined": b.dice}
-            for (m, f), a, b in list(zip(pairs, first_once, first_refined, strict=True))[:3]
-        ],
-        "refined_seconds_per_pair": round(seconds, 3),
-        "parameters": count_parameters(model.network),
-        "training_seconds": round(trained.seconds),
-        "hardware": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used; no GPU"
-        if not torch.cuda.is_available()
-        else torch.cuda.get_device_name(),
-        "versions": {"regteach": version("regteach"), "torch": torch.__version__},
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)

@@ -49,6 +49,8 @@ class Refinement:
         bending: weight of the bending energy, mm^2.
         focus_mm: look only this far around what the maps show; 0 looks everywhere. Faster, and the same where the maps
             are empty elsewhere.
+        coarsen: compare the maps averaged over cubes of this many voxels: eight times as fast in 3D for 2, and blind to
+            what is finer.
         patience: stop a pair when its loss has not fallen for so many steps; 0 never stops.
         tolerance: a fall counts when it is at least this part of the loss.
     """
@@ -58,6 +60,7 @@ class Refinement:
     rate: float = 0.03
     bending: float = 0.0
     focus_mm: float = 0.0
+    coarsen: int = 1
     patience: int = 0
     tolerance: float = 1e-3
 
@@ -137,14 +140,15 @@ def _refine_parameters(
     """Adam works number by number, so pairs in one batch do not feel each other."""
     turned = [step.parameters.detach().clone().requires_grad_() for step in steps]
     optimiser = torch.optim.Adam(turned, lr=settings.rate)
-    focus = _focus(steps, features, grid, settings)
+    compared, coarse = _compared(features, grid, settings)
+    focus = _focus(assemble(steps), compared, coarse, settings)
 
     def now() -> tuple[Tensor, list[Tensor]]:
         current = tuple(Step(z, step.build) for z, step in zip(turned, steps, strict=True))
         transform = assemble(current)
         if watch is not None:
             watch(len(keeper.curve), transform)
-        return _loss(current, transform, features, grid, settings, loss, focus), [z.detach() for z in turned]
+        return _loss(current, transform, compared, coarse, settings, loss, focus), [z.detach() for z in turned]
 
     keeper = _Keeper(settings)
     with torch.enable_grad():
@@ -172,14 +176,15 @@ def _refine_weights(
     model: Any = copy.deepcopy(given)
     optimiser = torch.optim.Adam(model.requires_grad_(True).parameters(), lr=settings.rate)
     keeper = _Keeper(settings)
+    compared, coarse = _compared(features, grid, settings)
     with torch.no_grad():
-        focus = _focus(model.align(*features, grid).steps, features, grid, settings)
+        focus = _focus(model.align(*features, grid).transform, compared, coarse, settings)
 
     def now() -> tuple[Tensor, list[Tensor], tuple[Step, ...]]:
         result = model.align(*features, grid)
         if watch is not None:
             watch(len(keeper.curve), result.transform)
-        losses = _loss(result.steps, result.transform, features, grid, settings, loss, focus)
+        losses = _loss(result.steps, result.transform, compared, coarse, settings, loss, focus)
         return losses, [step.parameters.detach() for step in result.steps], result.steps
 
     with torch.enable_grad():
@@ -196,11 +201,17 @@ def _refine_weights(
     return keeper.refined(steps, features)
 
 
+def _compared(features: tuple[Tensor, Tensor], grid: Grid, settings: Refinement) -> tuple[tuple[Tensor, Tensor], Grid]:
+    """What the loss looks at, and where it sits: the maps, or their averages over cubes."""
+    first, second = (objectives.averaged(maps, settings.coarsen) for maps in features)
+    return (first, second), grid.coarsened(settings.coarsen)
+
+
 @torch.no_grad()
 def _focus(
-    steps: tuple[Step, ...], features: tuple[Tensor, Tensor], grid: Grid, settings: Refinement
+    transform: Transform, features: tuple[Tensor, Tensor], grid: Grid, settings: Refinement
 ) -> objectives.Focus | None:
-    return objectives.focus_on(features, assemble(steps), grid, settings.focus_mm) if settings.focus_mm else None
+    return objectives.focus_on(features, transform, grid, settings.focus_mm) if settings.focus_mm else None
 
 
 def _loss(

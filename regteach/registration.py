@@ -18,25 +18,22 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar
 
-import nibabel as nib
 import numpy as np
 import torch
 from jaxtyping import Float
-from nibabel.filebasedimages import FileBasedImage
 from torch import Tensor
 
 from regteach import framing, metrics, objectives, similarity
 from regteach.affine import Affine
 from regteach.checkpoints import Model, load
-from regteach.data.volumes import Volume, read_volume, save_displacement, save_volume
-from regteach.framing import span
+from regteach.data.volumes import Volume, save_displacement, save_volume
+from regteach.framing import Source, as_volume, span
 from regteach.grid import Grid
 from regteach.refinement import Refinement, refine
 from regteach.sampling import warp
 from regteach.training import write_whole
 from regteach.transforms import Compose, Dense, Identity, Transform, displacement, jacobian_determinant
 
-Source = str | PathLike[str] | nib.Nifti1Image | Volume | tuple[Any, Grid]
 Points = TypeVar("Points", np.ndarray, Tensor)
 
 SMALLEST = 8  # voxels along each axis
@@ -200,18 +197,15 @@ def register(
     grid = framing.working_grid(model.grid, frames["fixed"])
     start, far_mm = framing.start(frames["moving"], frames["fixed"], grid)
     readers = {
-        "moving": framing.Reader(frames["moving"], grid, start, on),
-        "fixed": framing.Reader(frames["fixed"], grid, Identity(grid.dim), on),
+        "moving": _reader("moving", frames["moving"], grid, start, on),
+        "fixed": _reader("fixed", frames["fixed"], grid, Identity(grid.dim), on),
     }
     start = _moved(start, on)
-    images = {
-        "moving": _seen("moving", readers["moving"], start),
-        "fixed": _seen("fixed", readers["fixed"], Identity(grid.dim)),
-    }
+    images = {"moving": readers["moving"](start), "fixed": readers["fixed"](Identity(grid.dim))}
     result, curve = _found(model, [images["moving"], images["fixed"]], grid, settings)
 
     mapping = Compose((result.transform, start))
-    after = _seen("warped moving", readers["moving"], mapping)
+    after = readers["moving"](mapping)
     det = jacobian_determinant(result.transform, grid)
     report = {
         "model": model.name,
@@ -240,32 +234,6 @@ def register(
     return Registration(_moved(mapping, torch.device("cpu")), pair["fixed"], pair["moving"], report)
 
 
-def as_volume(source: Source, name: str, labels: bool = False) -> Volume:
-    """A volume from whatever a user has.
-
-    Raises:
-        FileNotFoundError, ValueError: as ``read_volume``; and if an array does not fit its grid or can not be used.
-    """
-    title = name[0].upper() + name[1:]
-    if isinstance(source, Volume):
-        if labels and source.data.is_floating_point():
-            return replace(source, source=_whole(source.data, title))
-        return source
-    if isinstance(source, str | PathLike | FileBasedImage):
-        return read_volume(source, labels)
-    if not isinstance(source, tuple) or len(source) != 2 or not isinstance(source[1], Grid):
-        raise ValueError(f"{title} is a path, an image of nibabel, a volume, or a pair (array, Grid).")
-    array, grid = source
-    values = array.detach().cpu().numpy() if isinstance(array, Tensor) else np.asarray(array)
-    if values.shape != grid.shape:
-        raise ValueError(f"{title} has the shape {values.shape}, but its grid has {grid.shape}.")
-    if values.dtype.kind not in "iufb":
-        raise ValueError(f"{title} holds {values.dtype}, but an image holds one real number a voxel.")
-    if labels and values.dtype.kind == "f":
-        return Volume(_whole(torch.from_numpy(values.astype(np.float64)), title), grid)
-    return Volume(torch.from_numpy(values.astype(np.int64 if labels else np.float32)), grid)
-
-
 def writable(folder: str | PathLike[str]) -> Path:
     """The folder as a path, if files can be written into it, or if it can be made.
 
@@ -279,12 +247,6 @@ def writable(folder: str | PathLike[str]) -> Path:
     if not os.access(there, os.W_OK | os.X_OK):
         raise ValueError(f"The folder {folder} can not be written: {there} is not yours to write to.")
     return folder
-
-
-def _whole(data: Tensor, title: str) -> Tensor:
-    if not bool((data == data.round()).all()):
-        raise ValueError(f"{title} is no label map: its values are not whole numbers.")
-    return data.long()
 
 
 def _device(device: torch.device | str) -> torch.device:
@@ -313,12 +275,12 @@ def _check(pair: dict[str, Volume], model: Model) -> None:
             raise ValueError(f"The {name} image is constant: every voxel is {float(volume.data.min()):g}.")
 
 
-def _seen(name: str, reader: framing.Reader, transform: Transform) -> Float[Tensor, "1 1 *grid"]:
+def _reader(name: str, image: framing.Framed, grid: Grid, begin: Transform, device: torch.device) -> framing.Reader:
     try:
-        return reader(transform)
+        return framing.Reader(image, grid, begin, device)
     except ValueError:
         raise ValueError(
-            f"The {name} image shows nothing on the {span(reader.working.extent)} mm of the network."
+            f"The {name} image shows nothing within the {span(grid.extent)} mm that the network looks at."
         ) from None
 
 

@@ -116,7 +116,18 @@ class Trained:
 Progress = Callable[[dict[str, float]], None]
 
 
-def train(task: Task, settings: Settings, folder: Path | None = None, progress: Progress | None = None) -> Trained:
+def is_main() -> bool:
+    """Whether this process is the one that measures and writes: the only one, or the first of several."""
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+
+
+def train(
+    task: Task,
+    settings: Settings,
+    folder: Path | None = None,
+    progress: Progress | None = None,
+    of: dict[str, Any] | None = None,
+) -> Trained:
     """Train, or go on where a run in the same folder was interrupted.
 
     Args:
@@ -124,6 +135,7 @@ def train(task: Task, settings: Settings, folder: Path | None = None, progress: 
         settings: how. A run can only be resumed with the settings that it was started with.
         folder: where the state is kept; without one nothing is saved.
         progress: called after every validation with its record.
+        of: whatever else the run is made of, as JSON has it (a recipe): kept in the state, and compared when resumed.
 
     Raises:
         ValueError: if the folder holds a run with other settings or of another model, or a state that can not be read;
@@ -148,7 +160,7 @@ def train(task: Task, settings: Settings, folder: Path | None = None, progress: 
     torch.manual_seed(settings.seed)
     bare = task.build()
     optimiser = torch.optim.AdamW(bare.parameters(), lr=settings.rate, weight_decay=settings.weight_decay)
-    run = _Run(settings, folder)
+    run = _Run(settings, folder, of or {})
     run.resume(_told_by_main(accelerator, run.read), bare, optimiser)
     model, optimiser = accelerator.prepare(bare, optimiser)
     bare = accelerator.unwrap_model(model)
@@ -216,8 +228,9 @@ def _told_by_main(accelerator: Any, ask: Callable[[], Any]) -> Any:
 class _Run:
     """What changes while a run goes on, and how it is kept."""
 
-    def __init__(self, settings: Settings, folder: Path | None) -> None:
+    def __init__(self, settings: Settings, folder: Path | None, of: dict[str, Any]) -> None:
         self.settings, self.folder = settings, folder
+        self.made_of = asdict(settings) | of
         self.step, self.seconds = 0, 0.0
         self.history: list[dict[str, float]] = []
         self.best: dict[str, float] = {}
@@ -258,7 +271,7 @@ class _Run:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         state = {
-            "settings": asdict(self.settings),
+            "settings": self.made_of,
             "step": self.step,
             "seconds": self.seconds,
             "history": self.history,
@@ -289,7 +302,7 @@ class _Run:
             settings = dict(state["settings"])
         except Exception as error:
             raise ValueError(f"{path} is no state of a training ({type(error).__name__}): move it away.") from None
-        now = asdict(self.settings)
+        now = self.made_of
         changed = [key for key in now | settings if (key, settings.get(key)) not in now.items()]
         if changed:
             raise ValueError(f"The run in {self.folder} was started with other settings ({', '.join(changed)}).")

@@ -32,8 +32,11 @@ AFFINE, SPLINE = AffineStage(widths=(4, 8), hidden=16), SplineStage(8.0, widths=
 
 
 def network(grid: Grid, *stages, itn: tuple[int, ...] = ()) -> ISTN:
-    """An untrained one: its transform is the identity."""
-    return ISTN(ISTNConfig(grid, stages or (AFFINE, SPLINE), itn=itn)).eval()
+    """An untrained one: its transform is the identity. Its maps, if it draws any, are made to show something."""
+    model = ISTN(ISTNConfig(grid, stages or (AFFINE, SPLINE), itn=itn)).eval()
+    if model.itn is not None:
+        nn.init.normal_(model.itn.head[-1].weight)
+    return model
 
 
 def phantom(points: Tensor, grid: Grid) -> Tensor:

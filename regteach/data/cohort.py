@@ -142,7 +142,7 @@ def joined(name: str, cohorts: Sequence[Cohort]) -> Cohort:
     """
     first = cohorts[0]
     for other in cohorts[1:]:
-        if other.grid != first.grid or dict(other.structures) != dict(first.structures):
+        if other.grid != first.grid or list(other.structures.items()) != list(first.structures.items()):
             raise ValueError(f"{other.name} and {first.name} differ in grid or structures, and can not be joined.")
     starts = [sum(len(c) for c in cohorts[:k]) for k in range(len(cohorts))]
     tissues = [cohort.tissue for cohort in cohorts if cohort.tissue is not None]

@@ -7,8 +7,9 @@ an ordinary registration network (STN-u, STN-s: they differ in the loss alone, s
     M' = ITN(M), F' = ITN(F);   T = STN(M', F'),  fixed points to moving points, mm
 
 The STN works in stages, each on the maps that the stages before it have already aligned: affine (or rigid), then one
-or more cubic B-splines. All its last layers start at zero: the untrained network is the identity. A B-spline's
-coefficients stay, by default, below the bound under which it can not fold, so no transform of the default network does.
+or more cubic B-splines. All last layers start at zero: maps start empty, and the untrained network is the identity. A
+B-spline's coefficients stay, by default, below the bound under which it can not fold, so no transform of the default
+network does.
 
 Source: Lee, Oktay, Schuh, Schaap, Glocker, Image-and-Spatial Transformer Networks for Structure-Guided Image
 Registration, MICCAI 2019, section 2; the public architecture as its code has it is :func:`public`. Ours differs in
@@ -161,6 +162,10 @@ class ISTN(nn.Module):
         self.config = config
         dim = config.grid.dim
         self.itn = UNet(dim, config.channels, config.structures, config.itn, config.normalise) if config.itn else None
+        if self.itn is not None:
+            # Maps start empty. Random ones are larger than any structure, and the STN learns first of all to move them
+            # out of sight, from where (a saturated tanh) it does not come back: the implicit variant needs this.
+            zero_start(self.itn.head[-1])
         maps = 2 * (config.structures if config.itn else config.channels)
         heads: dict[type, Any] = {
             AffineStage: _AffineHead,

@@ -12,7 +12,7 @@ from scipy.spatial.transform import Rotation
 from torch import Tensor
 
 import data_download
-from regteach.data import brains
+from regteach.data import anatomy, brains
 from regteach.data.brains import (
     AAL_NUMBERS,
     DONOR_NUMBERS,
@@ -38,7 +38,7 @@ SMALL = {"spacing_mm": 2.0, "shape": (40, 44, 40)}  # the structures, not the wh
 TURN = Rotation.from_euler("zyx", [7.0, -4.0, 15.0], degrees=True).as_matrix()
 SHIFT = np.array([4.0, -11.0, 17.0])
 RADIUS = 5.0
-TEMPLATE = np.concatenate([np.array(brains.TEMPLATE), np.array(brains.TEMPLATE) * [-1, 1, 1]])
+TEMPLATE = np.concatenate([np.array(anatomy.TEMPLATE), np.array(anatomy.TEMPLATE) * [-1, 1, 1]])
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def save(path: Path, array: np.ndarray, lia: bool = False) -> None:
 
 
 def centroids(labels: Tensor, grid: Grid) -> np.ndarray:
-    return brains._centroids(labels, grid).numpy()
+    return anatomy.centroids(labels, grid).numpy()
 
 
 def synthseg(root: Path, person: int, labels: np.ndarray) -> None:
@@ -81,9 +81,9 @@ def synthseg(root: Path, person: int, labels: np.ndarray) -> None:
 
 
 def test_the_template_is_where_a_brain_has_its_structures() -> None:
-    for name, (x, _, _) in zip(STRUCTURES, brains.TEMPLATE, strict=True):
+    for name, (x, _, _) in zip(STRUCTURES, anatomy.TEMPLATE, strict=True):
         assert -30 < x < -5, name
-    y, z = ({s: p[k] for s, p in zip(STRUCTURES, brains.TEMPLATE, strict=True)} for k in (1, 2))
+    y, z = ({s: p[k] for s, p in zip(STRUCTURES, anatomy.TEMPLATE, strict=True)} for k in (1, 2))
     assert y["accumbens"] > y["caudate"] > y["putamen"] > y["amygdala"] > y["thalamus"] > y["hippocampus"]
     assert (
         z["caudate"] > z["thalamus"] > z["putamen"] > z["pallidum"] > z["accumbens"] > z["hippocampus"] > z["amygdala"]
@@ -111,7 +111,7 @@ def test_donor_numbers_are_those_of_the_atlas_table() -> None:
 def test_grid_is_centred_on_the_brain() -> None:
     for spacing, shape in ((3.0, (64, 64, 64)), (2.0, (96, 112, 96))):
         grid = brain_grid(spacing, shape)
-        assert grid.centre == pytest.approx(brains.BRAIN_CENTRE)
+        assert grid.centre == pytest.approx(anatomy.BRAIN_CENTRE)
         assert grid.shape == shape
 
 
@@ -287,7 +287,7 @@ def test_folds_test_everyone_once(root: Path) -> None:
 
 def shells(grid: Grid, hole: bool) -> tuple[Tensor, Tensor]:
     """Two half balls of cortex, a voxel thin, back to back; balls for the structures inside; a hole in each shell."""
-    x, y, z = brains._axes(grid)
+    x, y, z = anatomy.axis_positions(grid)
     y, z = y + 2, z + 0
     labels = torch.zeros(grid.shape, dtype=torch.int16)
     for side, number in ((-1, 3), (1, 50)):
@@ -307,7 +307,7 @@ def shells(grid: Grid, hole: bool) -> tuple[Tensor, Tensor]:
 def test_white_matter_is_what_the_cortex_encloses(hole: bool) -> None:
     grid = Grid((80, 96, 88), 1.0, (-39.5, -47.5, -43.5))
     labels, structures = shells(grid, hole)
-    white, cortex = brains._white_and_cortex(labels, structures, grid)
+    white, cortex = anatomy._white_and_cortex(labels, structures, grid)
     whole, _ = shells(grid, hole=False)
     enclosed = torch.from_numpy(ndimage.binary_fill_holes((whole > 0).numpy())) & (whole == 0) & (structures == 0)
     right = float((white & enclosed).sum() / enclosed.sum())
@@ -321,7 +321,7 @@ def test_white_matter_is_what_the_cortex_encloses(hole: bool) -> None:
 def test_the_gap_between_the_hemispheres_is_not_white() -> None:
     grid = Grid((80, 96, 88), 1.0, (-39.5, -47.5, -43.5))
     labels, structures = shells(grid, hole=False)
-    white, _ = brains._white_and_cortex(labels, structures, grid)
+    white, _ = anatomy._white_and_cortex(labels, structures, grid)
     assert not white[39:41, 20:70, 20:70].any()
 
 
@@ -329,20 +329,20 @@ def test_morphology_against_scipy() -> None:
     grid = Grid((30, 26, 28), (1.0, 1.0, 2.0))
     mask = torch.rand(grid.shape, generator=torch.Generator().manual_seed(0)) > 0.995
     box = np.ones((11, 11, 5), bool)  # 5 mm to each side
-    assert np.array_equal(brains._dilated(mask, 5.0, grid), ndimage.binary_dilation(mask.numpy(), box))
+    assert np.array_equal(anatomy.dilated(mask, 5.0, grid), ndimage.binary_dilation(mask.numpy(), box))
     padded = np.pad(mask.numpy(), 12)
     closed = ndimage.binary_closing(padded, box)[12:-12, 12:-12, 12:-12]
-    assert np.array_equal(brains._closed(mask, 5.0, grid), closed)
-    assert np.array_equal(brains._touched(mask), ndimage.binary_dilation(mask.numpy()))
+    assert np.array_equal(anatomy.closed(mask, 5.0, grid), closed)
+    assert np.array_equal(anatomy.touched(mask), ndimage.binary_dilation(mask.numpy()))
 
 
 def test_reached_stops_at_what_is_not_free() -> None:
     grid = Grid((9, 2, 2))
     mask, free = torch.zeros(2, 9, 2, 2, dtype=torch.bool)
     mask[1], free[2:5], free[6:] = True, True, True
-    assert brains._reached(mask, free, 1, 6.0, grid)[:, 0, 0].nonzero().flatten().tolist() == [1, 2, 3, 4]
-    assert brains._reached(mask, free, 1, 2.0, grid)[:, 0, 0].nonzero().flatten().tolist() == [1, 2, 3]
-    assert brains._reached(mask, free, -1, 6.0, grid)[:, 0, 0].nonzero().flatten().tolist() == [1]
+    assert anatomy.reached(mask, free, 1, 6.0, grid)[:, 0, 0].nonzero().flatten().tolist() == [1, 2, 3, 4]
+    assert anatomy.reached(mask, free, 1, 2.0, grid)[:, 0, 0].nonzero().flatten().tolist() == [1, 2, 3]
+    assert anatomy.reached(mask, free, -1, 6.0, grid)[:, 0, 0].nonzero().flatten().tolist() == [1]
 
 
 def test_counts_and_most() -> None:
@@ -363,7 +363,7 @@ def test_nearest_label_outside_the_volume_is_background() -> None:
 def test_interpolated_is_numpys() -> None:
     z = torch.linspace(-9, 9, 50)
     at, values = [-5.0, -1.0, 4.0], [2.0, 7.0, 1.0]
-    assert np.allclose(brains._interpolated(z, at, values), np.interp(z, at, values), atol=1e-5)
+    assert np.allclose(anatomy._interpolated(z, at, values), np.interp(z, at, values), atol=1e-5)
 
 
 @pytest.mark.skipif(not HERE, reason="allen-donors not fetched")

@@ -14,7 +14,8 @@ from scipy import ndimage, spatial
 
 import data_download
 from regteach.affine import Affine, AffineBounds
-from regteach.data.trees import KINDS, Trees, generate_trees, grow_tree, read_synth2d
+from regteach.data.synth2d import read_synth2d
+from regteach.data.trees import KINDS, Trees, generate_trees, grow_tree
 from regteach.grid import Grid
 from regteach.metrics import dice
 from regteach.sampling import flat_points, sample, warp

@@ -56,6 +56,8 @@ def shaken(model: ISTN, size: float = 0.3) -> ISTN:
     for stage in model.stages:
         for parameter in stage.out.parameters():
             nn.init.normal_(parameter, std=size)
+    if model.itn is not None:
+        nn.init.normal_(model.itn.head[-1].weight, std=size)
     return model
 
 
@@ -384,6 +386,12 @@ def test_a_fine_stage_teaches_the_coarse_ones(dim):
     model(*images(grid), grid).steps[2].parameters.square().sum().backward()
     for stage in model.stages[:2]:
         assert stage.out.weight.grad.abs().max() > 1e-6
+
+
+def test_the_maps_of_an_untrained_network_are_empty():
+    grid = SMALL[2]
+    moving, fixed = images(grid)
+    assert not any(maps.any() for maps in ISTN(config(grid, AFFINE)).features(moving, fixed))
 
 
 # Mixed precision and devices
