@@ -153,7 +153,7 @@ def _trees() -> list[Recipe]:
         Settings(steps=700, batch=10, rate=1e-3, warmup=50, decay=True, validate_every=50),
         Augmentation(shift_mm=6.0, rotation_deg=20.0, scale_ratio=1.15, shear=0.1),
         bending=10.0,
-        refinement=Refinement(50, rate=0.01),
+        refinement=Refinement(50, rate=0.01, bending=100.0),
     )
     spline = SplineStage(16.0, widths=(16, 32, 32))
     return _family("istn-trees", base, {"affine": (affine,), "bspline": (affine, spline)})
