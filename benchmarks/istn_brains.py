@@ -1,0 +1,302 @@
+"""ISTN on brain MRI in 3D: the paper's Table 1 again, and the shipped models beside other tools.
+
+    python -m benchmarks.istn_brains [--quick] [--json FILE] [--parts hippocampus donors ...] [--recipes affine ...]
+
+Four parts, each for itself:
+
+- hippocampus: Table 1 on real T1 crops; pairs of the people kept for testing (seed 0).
+- donors: Table 1 on six real brains at 3 mm with synthetic contrast; leave two out, everybody is tested on once.
+- shipped: ``istn-hippocampus`` beside what other tools reach on such crops.
+- brains: ``istn-brains`` on the test people of its own data, whole brains at 2 mm: real label maps, synthetic contrast.
+
+Table 1 has the four variants of ISTN, with an affine and with an affine followed by B-splines, one pass and refined,
+between doing nothing (Id) and the SoI itself: the label maps registered as if an ITN had drawn them without a fault, by
+the same refinement from the identity, without any training. That is the ceiling.
+
+Dice and ASD (mean distance of the surface voxels, both ways, pooled) are means over structures and pairs, labels warped
+by nearest voxel. The paper's figures are of another data set (UK Biobank, 100 test pairs).
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+
+from benchmarks import istn, tables
+from benchmarks.istn import KINDS, MODELS, Recipe
+from benchmarks.tables import NOT_MEASURED, Table
+from regteach.checkpoints import SUFFIX, Model, load
+from regteach.checkpoints import WEIGHTS as SHIPPED
+from regteach.data.brains import donor_folds
+from regteach.data.cohort import Cohort
+from regteach.grid import Grid
+
+ONE, REFINED = "one pass", "refined"
+IDENTITY, NOTHING, CEILING = "Id", "nothing", "SoI itself"
+# The paper's Table 1: Dice and ASD (mm), one pass and refined.
+PAPER = {
+    "affine": {
+        "Id": (0.53, None, 2.41, None), "STN-u": (0.71, 0.79, 1.11, 0.69), "STN-s": (0.70, 0.79, 1.10, 0.69),
+        "ISTN-e": (0.75, 0.83, 0.93, 0.53), "ISTN-i": (0.75, 0.82, 0.89, 0.58), "SoI itself": (None, 0.84, None, 0.50),
+    },
+    "bspline": {
+        "Id": (0.70, None, 1.05, None), "STN-u": (0.74, 0.84, 0.88, 0.51), "STN-s": (0.77, 0.83, 0.74, 0.52),
+        "ISTN-e": (0.80, 0.86, 0.63, 0.45), "ISTN-i": (0.81, 0.85, 0.59, 0.46), "SoI itself": (None, 0.91, None, 0.27),
+    },
+}  # fmt: skip
+# Mean Dice of both labels on 50 pairs of hippocampus crops of people that are not in ours: other tools.
+OTHERS = {
+    "nothing": 0.526, "affine": 0.589, "ANTs SyN": 0.716, "elastix": 0.72, "ConvexAdam": 0.748,
+    "diffeomorphic demons": 0.751, "greedy": 0.773, "label maps themselves, SyN": 0.844,
+    "label maps themselves, mean squares": 0.873,
+}  # fmt: skip
+GAP_AIM, LEAD_AIM = 0.03, 0.03
+CORES = min(2, os.cpu_count() or 1)
+
+
+@dataclass(frozen=True)
+class Options(istn.Options):
+    """Command line.
+
+    Args:
+        parts: of the benchmark.
+        pairs: test pairs at most, of each split.
+        folds: of the donors; fewer than three test on fewer people.
+        seed: of the trainings.
+        weights: folder of the models that are tested as they are.
+    """
+
+    parts: tuple[Literal["hippocampus", "donors", "shipped", "brains"], ...] = (
+        "hippocampus", "donors", "shipped", "brains",
+    )  # fmt: skip
+    pairs: int = 50
+    folds: int = 3
+    seed: int = 0
+    weights: Path = SHIPPED
+
+
+# ---- Table 1 ----
+
+
+def table_one(data: str, folds: Sequence[Cohort], options: Options) -> tuple[Table, list[dict[str, Any]]]:
+    """Train or read each variant on each fold, and register the test pairs of all folds.
+
+    Args:
+        data: "hippocampus" or "donors", as in the recipes' names.
+        folds: one cohort for each split.
+        options: of the command line.
+    """
+    device = torch.device(options.device)
+    names = istn.chosen([f"istn-{data}-{kind}-{variant}" for kind in KINDS for variant in MODELS], options.recipes)
+    records: list[dict[str, Any]] = []
+
+    def note(kind: str, model: str, found: dict[str, istn.Figures], **more: Any) -> None:
+        for way, figures in found.items():
+            records.append({"data": data, "kind": kind, "model": model, "way": way} | more | istn.summary(figures))
+
+    for kind in [kind for kind in KINDS if any(f"-{kind}-" in name for name in names)]:
+        first = _recipe(f"istn-{data}-{kind}-explicit", folds[0], options)
+        still, best, best_way = [], [], istn.ceiling(first.refinement, options.quick)
+        for fold in folds:
+            pairs, measure = istn.pairs_to_test(fold, options.pairs), istn.label_figures(fold, device)
+            still.append({ONE: istn.known(fold, pairs, measure)})
+            best.append(
+                istn.registered(
+                    istn.untrained(first.config), fold, pairs, {REFINED: best_way}, measure,
+                    device, soi=True,
+                )
+            )  # fmt: skip
+        note(kind, IDENTITY, istn.pooled(still))
+        for name in [name for name in names if f"-{kind}-" in name]:
+            parts, seconds = [], 0.0
+            for fold in folds:
+                recipe = _recipe(name, fold, options)
+                done = istn.trained(recipe, fold, options.runs)
+                pairs, ways = istn.pairs_to_test(fold, options.pairs), {ONE: None, REFINED: recipe.refinement}
+                measure = istn.label_figures(fold, device)
+                parts.append(istn.registered(done.model, fold, pairs, ways, measure, device))
+                seconds += done.seconds
+            note(kind, MODELS[recipe.variant], istn.pooled(parts), recipe=name, training_seconds_wall=seconds)
+        note(kind, CEILING, istn.pooled(best))
+    return show_table_one(data, folds, records, options), records
+
+
+def show_table_one(data: str, folds: Sequence[Cohort], records: Sequence[dict[str, Any]], options: Options) -> Table:
+    """A row a method, ours beside the paper's."""
+    people = sum(len(fold.splits["test"]) for fold in folds)
+    pairs = max((r["pairs"] for r in records), default=0)
+    table = Table(
+        f"Table 1 on {data}: {pairs} test pairs, {people} test people, {len(folds)} split(s), "
+        f"train on {len(folds[0].splits['train'])}",
+        ("transform", "method", "Dice, one pass", "refined", "ASD mm, one pass", "refined", "folding %, one pass",
+         "refined", "s a pair, one pass", "refinement", "paper's Dice", "paper's ASD, mm"),
+    )  # fmt: skip
+    order = [IDENTITY, *MODELS.values(), CEILING]
+    for kind in KINDS:
+        for model in order:
+            rows = {r["way"]: r for r in records if (r["kind"], r["model"]) == (kind, model)}
+            if not rows:
+                continue
+            cells = [
+                tables.number(rows.get(way, {}).get(key), digits)
+                for key, digits in (("dice", 3), ("asd", 3), ("folding", 3), ("seconds", 3))
+                for way in (ONE, REFINED)
+            ]
+            theirs = (None,) * 4 if options.quick else PAPER[kind][model]
+            paper = [" -> ".join(tables.number(v, 2) for v in both if v is not None) or "-"
+                     for both in (theirs[:2], theirs[2:])]  # fmt: skip
+            table.add(KINDS[kind], model, *cells, *paper)
+    if not options.quick:
+        table.notes += [note for kind in KINDS for note in statements(kind, records)]
+    table.notes += [
+        folds[0].origin,
+        "B-spline: an affine and then B-splines, from where the images lie; the paper's starts from images that are "
+        "aligned already, so its Id is higher.",
+        f"s a pair: processor seconds on {torch.get_num_threads()} thread(s), median; refinement: of that alone. "
+        f"{CEILING}: the label maps, {3 if options.quick else istn.CEILING_STEPS} steps from the identity, no network.",
+    ]
+    return table
+
+
+def statements(kind: str, records: Sequence[dict[str, Any]]) -> list[str]:
+    """How far the ISTN are from the ceiling, and how far ahead of STN-u, worked out from the numbers."""
+    dice = {r["model"]: r["dice"] for r in records if r["kind"] == kind and r["way"] == REFINED}
+    one = {r["model"]: r["dice"] for r in records if r["kind"] == kind and r["way"] == ONE and r["model"] != IDENTITY}
+    ours = {model: value for model, value in dice.items() if model.startswith("ISTN")}
+    notes = []
+    for way, scores in ((ONE, one), (REFINED, {m: v for m, v in dice.items() if m != CEILING})):
+        if len(scores) > 1:
+            notes.append(f"Rank by Dice, {KINDS[kind]}, {way}: {tables.ranked(scores)}.")
+    for model, value in ours.items():
+        if CEILING in dice:
+            gap = dice[CEILING] - value
+            notes.append(tables.aim(f"Refined {model}, {KINDS[kind]}, below the ceiling", gap, GAP_AIM, at_least=False))
+        if "STN-u" in dice:
+            theirs = PAPER[kind]
+            lead = (theirs[model][1] or 0.0) - (theirs["STN-u"][1] or 0.0)
+            said = tables.aim(f"Refined {model}, {KINDS[kind]}, above refined STN-u", value - dice["STN-u"], LEAD_AIM)
+            notes.append(f"{said} The paper's lead here is {lead:.2f}.")
+    return notes
+
+
+# ---- models as they ship ----
+
+
+def as_shipped(name: str, cohort: Cohort, options: Options) -> tuple[list[Table], list[dict[str, Any]]]:
+    """One model as its file has it, on the test people of its data, at the number of cores of a laptop."""
+    recipe = _recipe(name, cohort, options)
+    path = options.weights / f"{name}{SUFFIX}"
+    if options.quick:
+        model = Model(name, istn.untrained(recipe.config), recipe.refinement)
+    elif path.exists():
+        model = load(path)
+    else:
+        return [_left_out(name, f"There are no weights {path.name} in {path.parent.name}/.")], []
+    device, threads = torch.device(options.device), torch.get_num_threads()
+    pairs, measure = istn.pairs_to_test(cohort, options.pairs), istn.label_figures(cohort, device)
+    twice = replace(model.refinement, steps=2 * model.refinement.steps)
+    ways = {ONE: None, REFINED: model.refinement, f"refined, {twice.steps} steps": twice}
+    torch.set_num_threads(options.threads if options.quick else CORES)
+    try:
+        found = {NOTHING: istn.known(cohort, pairs, measure)}
+        found |= istn.registered(model.network, cohort, pairs, ways, measure, device)
+        best = {CEILING: istn.ceiling(model.refinement, options.quick)}
+        network = istn.untrained(model.network.config)
+        found |= istn.registered(network, cohort, pairs, best, measure, device, soi=True)
+    finally:
+        torch.set_num_threads(threads)
+    records = [{"model": name, "way": way} | istn.summary(figures) for way, figures in found.items()]
+    return [show_shipped(name, cohort, records, options)], records
+
+
+def show_shipped(name: str, cohort: Cohort, records: Sequence[dict[str, Any]], options: Options) -> Table:
+    """A row a way; other tools first where there are figures."""
+    on_gpu = torch.device(options.device).type == "cuda"
+    people = len(cohort.splits["test"])
+    table = Table(
+        f"{name}, as it ships, on {records[0]['pairs']} pairs of {people} test people of {cohort.name}",
+        ("method", "Dice", "ASD, mm", "folding, %", "processor s a pair", f"wall s, {CORES} cores", "wall s, GPU"),
+    )
+    others = OTHERS if name == "istn-hippocampus" and not options.quick else {}
+    for method, dice in others.items():
+        table.add(method, tables.number(dice), *["-"] * 5)
+    one = next(r for r in records if r["way"] == ONE)
+    for r in records:
+        # A pair costs the one pass and, where there is one, the refinement.
+        times = ("-", "-", "-")
+        if "wall" in r:
+            first = one if str(r["way"]).startswith(REFINED) else {"seconds": 0.0, "wall": 0.0}
+            processor, wall = (tables.number(r[key] + first[key]) for key in ("seconds", "wall"))
+            times = (NOT_MEASURED, NOT_MEASURED, wall) if on_gpu else (processor, wall, NOT_MEASURED)
+        whose = "ours" if r["way"] in (NOTHING, CEILING) else name
+        figures = [tables.number(r[key]) for key in ("dice", "asd", "folding")]
+        table.add(f"{whose}: {r['way']}", *figures, *times)
+    refined = next(r for r in records if r["way"] == REFINED)
+    if others:
+        table.notes += [
+            tables.aim("Refined Dice", refined["dice"], 0.84),
+            tables.aim("One-pass Dice", one["dice"], 0.80),
+            tables.aim("Refined folding, %", refined["folding"], 0.5, at_least=False),
+            tables.aim("Wall seconds a pair, refined", refined["wall"] + one["wall"], 0.5, at_least=False),
+            "The first rows are other tools' Dice on 50 other pairs of this data set, of people that are not in ours: "
+            "the starting points (nothing) tell how far the two sets of pairs compare.",
+        ]
+    elif not options.quick:
+        table.notes.append(
+            "No figures of other tools stand beside these: those that we know were measured on real scans of two other "
+            "people, and these people's contrast is synthetic."
+        )
+    table.notes += [cohort.origin, "Wall seconds depend on what else the machine does: see its load."]
+    return table
+
+
+# ---- parts ----
+
+
+def part(name: str, options: Options) -> tuple[list[Table], list[dict[str, Any]]]:
+    """One part; a sentence in its place where the data are not there."""
+    data = {"shipped": "hippocampus"}.get(name, name)
+    try:
+        cohort = istn.stand_in(Grid((16, 20, 16), (3.0,)), people=6) if options.quick else istn.load_cohort(data)
+    except FileNotFoundError as error:
+        return [_left_out(name, str(error))], []
+    if name in ("shipped", "brains"):
+        return as_shipped(f"istn-{data}", cohort, options)
+    folds = donor_folds(cohort)[: options.folds] if name == "donors" else (cohort,)
+    table, records = table_one(name, folds, options)
+    return [table], records
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Run it; see the module."""
+    options = tyro.cli(Options, args=arguments)
+    if options.folds < 1 or options.pairs < 1:
+        raise ValueError(f"Folds and pairs are 1 or more, but they are {options.folds} and {options.pairs}.")
+    torch.set_num_threads(options.threads)
+    before = istn.hardware(torch.device(options.device))
+    shown: list[Table] = []
+    records: list[dict[str, Any]] = []
+    for name in options.parts:
+        found, rows = part(name, options)
+        shown += found
+        records += rows
+    facts = {"seeds": (options.seed,), "quick": options.quick, "hardware": before}
+    return tables.report("benchmarks.istn_brains", arguments, options.json, shown, records, facts)
+
+
+def _recipe(name: str, cohort: Cohort, options: Options) -> Recipe:
+    changes = {"seed": options.seed} | ({} if options.steps is None else {"steps": options.steps})
+    recipe = istn.find_recipe(name, **changes)
+    return istn.small(recipe, cohort) if options.quick else recipe
+
+
+def _left_out(name: str, sentence: str) -> Table:
+    return Table(f"{name}: left out", (), notes=[sentence])
+
+
+if __name__ == "__main__":
+    tables.command(main)
