@@ -101,10 +101,11 @@ def table_of(folds: Sequence[Cohort], records: Sequence[dict[str, Any]], options
         table.add(name, tables.number(r["dice"]), between, tables.number(lowest), distance, folding, *times)
     if not options.quick:
         table.notes += statements(rows)
+    steps = 3 if options.quick else CEILING_STEPS
     table.notes += [
         folds[0].origin,
         f"s a pair: processor seconds on {torch.get_num_threads()} thread(s), median, of the one pass or of the "
-        f"refinement alone. {CEILING}: the label maps, {3 if options.quick else CEILING_STEPS} steps from the "
+        f"refinement alone. {CEILING}: the label maps, {steps} steps from the "
         "identity, no network. The first rows are other tools' figures on slices of other people.",
     ]
     return table

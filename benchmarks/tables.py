@@ -77,7 +77,7 @@ def aim(what: str, value: float, target: float, at_least: bool = True, digits: i
     """Whether a number is where it was meant to be, and by how much."""
     reached = value >= target if at_least else value <= target
     side = "at least" if at_least else "at most"
-    verdict = "reached" if reached else f"missed by {abs(value - target):.{digits}g}"
+    verdict = "reached" if reached else f"missed by {abs(value - target):.{digits}f}"
     return f"{what}: {value:.{digits}f}; the aim is {side} {target:g}: {verdict}."
 
 

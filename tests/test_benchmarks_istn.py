@@ -338,7 +338,7 @@ def test_speed_is_a_quotient_of_times() -> None:
     step, refinement, _ = istn_trees.speed(rows)
     assert "3.00 to 3.60 times as fast" in step
     assert "is reached" in step
-    assert refinement.endswith("the aim is at most 0.3: missed by 0.1.")
+    assert refinement.endswith("the aim is at most 0.3: missed by 0.100.")
     assert "is missed" in istn_trees.speed([{**rows[0], "seconds": 0.4}])[0]
     assert "is in between" in istn_trees.speed([{**rows[0], "seconds": 0.22}])[0]
 
@@ -350,14 +350,14 @@ def test_gap_and_lead_of_table_one_are_differences() -> None:
     assert rank.endswith("refined: ISTN-e 0.830 > ISTN-i 0.800 > STN-u 0.790.")
     assert notes[0].endswith("below the ceiling: 0.020; the aim is at most 0.03: reached.")
     assert "above refined STN-u: 0.040; the aim is at least 0.03: reached. The paper's lead here is 0.04." in notes[1]
-    assert notes[2].endswith("below the ceiling: 0.050; the aim is at most 0.03: missed by 0.02.")
-    assert "0.010; the aim is at least 0.03: missed by 0.02. The paper's lead here is 0.03." in notes[3]
+    assert notes[2].endswith("below the ceiling: 0.050; the aim is at most 0.03: missed by 0.020.")
+    assert "0.010; the aim is at least 0.03: missed by 0.020. The paper's lead here is 0.03." in notes[3]
 
 
 def test_slices_are_compared_with_tools_and_ceiling() -> None:
     rows = {way: {"dice": value} for way, value in (("nothing", 0.4), ("refined", 0.7), ("SoI itself", 0.9))}
     (note,) = istn_slices.statements(rows)
-    assert "missed by 0.05" in note
+    assert "missed by 0.050" in note
     assert "Above nothing, affine, ANTs SyN;" in note
     assert note.endswith("0.200 below the ceiling.")
 
