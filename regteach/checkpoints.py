@@ -20,7 +20,9 @@ from torch import Tensor, nn
 
 from regteach.grid import Grid
 from regteach.nets.blocks import fast_layout
+from regteach.nets.georeg import GeoReg, GeoRegConfig
 from regteach.nets.istn import ISTN, ISTNConfig
+from regteach.nets.voxelmorph import VoxelMorph, VoxelMorphConfig
 from regteach.refinement import Refinement
 from regteach.training import write_whole
 
@@ -28,7 +30,12 @@ FORMAT = "regteach-1"
 SUFFIX = ".safetensors"
 WEIGHTS = Path(__file__).parent / "weights"  # those that ship with the package
 # Kind of model: its class, and how its configuration comes back from JSON.
-KINDS: dict[str, tuple[type[nn.Module], Callable[[dict[str, Any]], Any]]] = {"istn": (ISTN, ISTNConfig.from_dict)}
+KINDS: dict[str, tuple[type[nn.Module], Callable[[dict[str, Any]], Any]]] = {
+    "istn": (ISTN, ISTNConfig.from_dict),
+    "georeg": (GeoReg, GeoRegConfig.from_dict),
+    "voxelmorph": (VoxelMorph, VoxelMorphConfig.from_dict),
+}
+Config = ISTNConfig | GeoRegConfig | VoxelMorphConfig
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +66,13 @@ class Model:
         return self
 
 
+def network(config: Config) -> nn.Module:
+    """An untrained network of any kind."""
+    if isinstance(config, ISTNConfig):
+        return ISTN(config)
+    return GeoReg(config) if isinstance(config, GeoRegConfig) else VoxelMorph(config)
+
+
 def save_model(path: Path, model: Model) -> Path:
     """Write a checkpoint; the file appears whole or not at all.
 
@@ -69,7 +83,7 @@ def save_model(path: Path, model: Model) -> Path:
     path = Path(path)
     if path.suffix != SUFFIX:
         raise ValueError(f"A checkpoint ends in {SUFFIX}, not as {path.name!r}.")
-    kinds = [kind for kind, (network, _) in KINDS.items() if type(model.network) is network]
+    kinds = [kind for kind, (network_class, _) in KINDS.items() if type(model.network) is network_class]
     if not kinds:
         raise ValueError(f"Checkpoints hold {', '.join(KINDS)}, not a {type(model.network).__name__}.")
     header = {
@@ -135,14 +149,14 @@ def _read(path: Path) -> Model:
         raise ValueError(f"{path.name} has the format {given}, and this version reads {FORMAT}.")
     try:
         network_class, from_dict = KINDS[header["kind"]]
-        network = network_class(from_dict(json.loads(header["config"])))
-        network.load_state_dict(weights)
+        built = network_class(from_dict(json.loads(header["config"])))
+        built.load_state_dict(weights)
         refinement, card = Refinement(**json.loads(header["refinement"])), json.loads(header["card"])
-        model = Model(header["name"], network.eval().requires_grad_(False), refinement, card)
+        model = Model(header["name"], built.eval().requires_grad_(False), refinement, card)
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise ValueError(f"{path.name} does not fit this version of the model ({_reason(error)}).") from None
     _check_finite(weights, path.name)
-    fast_layout(network, model.grid.dim)
+    fast_layout(built, model.grid.dim)
     return model
 
 

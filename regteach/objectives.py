@@ -6,13 +6,19 @@ Every data term d is a *relative* squared error (:func:`relative_mse`): 0 where 
 not overlap at all, the same for a large structure and a small one, so one weight of the regulariser serves a
 hippocampus and a brain. Terms that move an image look at several scales at once (:func:`pyramid_mse`).
 
-Source: the four losses of ISTN are Lee et al., MICCAI 2019, section 2 (u: on the images; s: on the SoI; e, i: explicit
-and implicit); bending energy: Rueckert et al., IEEE TMI 18 (1999), eq. 2.
+Networks that learn from the images alone compare them after every step, at that step's own resolution
+(:func:`multiscale`).
+
+Sources: the four losses of ISTN are Lee et al., MICCAI 2019, section 2 (u: on the images; s: on the SoI; e, i: explicit
+and implicit); GeoReg: Sideri-Lampretsa et al., arXiv 2412.13294, eqs 8 to 10; bending energy: Rueckert et al., IEEE TMI
+18 (1999), eq. 2.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +27,10 @@ from torch import Tensor
 
 from regteach import regularity
 from regteach.grid import Grid
-from regteach.result import Result, Step
+from regteach.result import Result, Step, after_each, assemble, composed
 from regteach.sampling import warp
-from regteach.transforms import Dense, FreeForm, Transform
+from regteach.similarity import dissimilarity
+from regteach.transforms import Dense, FreeForm, Transform, displacement
 
 Terms = dict[str, Float[Tensor, "b"]]
 LEVELS = 4  # of the pyramid
@@ -159,6 +166,55 @@ def istn(
     return terms | regulariser(result.steps, grid, bending)
 
 
+def multiscale(
+    result: Result,
+    grid: Grid,
+    similarity: str = "ncc",
+    bending: float = 0.0,
+    weights: Sequence[float] = (),
+    across: bool = True,
+) -> Terms:
+    """L = sum_l w_l (L_interp + L_refine), each the mean over the outputs of D + lambda R at their own resolution.
+
+    Both images are averaged down to the grid of an output before they are compared there. R is the bending energy of
+    the whole displacement so far, in 1/mm^2, on the same grid.
+
+    Args:
+        result: of a network whose features are the images. A step's output lies on a grid of its own (a Dense on
+            ``grid.coarsened(2**l)``), or on that of the images.
+        grid: of the images.
+        similarity: D, a name of :func:`regteach.similarity.dissimilarity`.
+        bending: lambda, mm^2.
+        weights: w of each level, finest first; 1 each where left out.
+        across: False lets no gradient pass from an output to the levels above its own (an ablation).
+    """
+    compare = dissimilarity(similarity)
+    errors, energies, given = [], [], []
+    outputs = after_each(result.steps) if across else _each_by_itself(result.steps)
+    for found in outputs:
+        own = found.grid if isinstance(found, Dense) else grid
+        level = (grid.shape[0] // own.shape[0]).bit_length() - 1
+        moving, fixed = (averaged(image, 2**level) for image in result.features)
+        errors.append(compare(warp(moving, found, own), fixed))
+        energies.append(regularity.bending_energy(displacement(found, own), own))
+        given.append(float(weights[level]) if weights else 1.0)
+    shares = torch.tensor(given).to(errors[0]) / sum(given)
+    terms = {"image": torch.stack(errors, -1) @ shares}
+    return terms | ({"bending": bending * torch.stack(energies, -1) @ shares} if bending else {})
+
+
+def _each_by_itself(steps: Sequence[Step]) -> tuple[Transform, ...]:
+    """The transform after each step, in which the steps on other grids than its own are constants."""
+    shapes = [step.parameters.shape for step in steps]
+    return tuple(
+        assemble(
+            steps[: k + 1],
+            [s.parameters if s.parameters.shape == own else s.parameters.detach() for s in steps[: k + 1]],
+        )
+        for k, own in enumerate(shapes)
+    )
+
+
 @dataclass(frozen=True)
 class Focus:
     """The part of the fixed grid that a loss looks at.
@@ -235,11 +291,39 @@ def refinement(
     return pyramid_mse(warped, fixed, levels, [scale_of(m, f) for m, f in whole])
 
 
+def images(
+    features: tuple[Tensor, Tensor],
+    transform: Transform,
+    grid: Grid,
+    focus: Focus | None = None,
+    similarity: str = "ncc",
+) -> Float[Tensor, "b"]:
+    """D(M o T, F): two images compared by a similarity, at test time as in training."""
+    moving, fixed = features
+    mask = None
+    if focus:
+        mask, fixed = focus.mask, fixed[(slice(None), slice(None), *focus.voxels)]
+    return dissimilarity(similarity)(warp(moving, transform, grid, focus.grid if focus else grid), fixed, mask=mask)
+
+
+def at_test_time(model: Any) -> Callable[..., Float[Tensor, "b"]]:
+    """The loss that refinement descends for a model: its images by their similarity, or its maps."""
+    similarity = getattr(getattr(model, "config", None), "similarity", None)
+    return partial(images, similarity=similarity) if similarity else refinement
+
+
 def regulariser(steps: tuple[Step, ...], grid: Grid, bending: float) -> Terms:
-    """Bending energy of every step that bends, times its weight; nothing where the weight is 0."""
+    """Bending energy of every step that bends, times its weight; nothing where the weight is 0.
+
+    Steps that are added up are one displacement in the end, and it is the bending of that which counts.
+    """
     if bending == 0:
         return {}
-    energies = [e for step in steps if (e := _bending(step.build(step.parameters), grid)) is not None]
+    if any(step.join is not composed for step in steps):
+        built = [assemble(steps)]
+    else:
+        built = [step.build(step.parameters) for step in steps]
+    energies = [e for transform in built if (e := _bending(transform, grid)) is not None]
     return {"bending": bending * torch.stack(energies).sum(0)} if energies else {}
 
 

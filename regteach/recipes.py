@@ -26,11 +26,11 @@ class Recipe:
     Args:
         name: also of the weights.
         data: name of the cohort, see :data:`COHORTS`.
-        variant: loss of ISTN: "unsupervised", "supervised", "explicit", "implicit".
+        variant: loss of ISTN: "unsupervised", "supervised", "explicit", "implicit"; other networks are "unsupervised".
         config: of the network.
         settings: of the loop.
         augmentation: of the images.
-        bending: weight of the splines' bending energy in training, mm^2.
+        bending: weight of the bending energy in training, mm^2.
         coarsen: in training, alignment is judged on maps averaged over cubes of this many voxels.
         refinement: what is recommended at test time.
     """
@@ -38,7 +38,7 @@ class Recipe:
     name: str
     data: str
     variant: str
-    config: ISTNConfig
+    config: Config
     settings: Settings
     augmentation: Augmentation = Augmentation()
     bending: float = 0.0
@@ -129,14 +129,15 @@ FAST = Settings(rate=1e-3, warmup=30, decay=True, precision="bf16")
 
 def _family(name: str, base: Recipe, stages: dict[str, tuple[Stage, ...]]) -> list[Recipe]:
     """Every variant with every kind of transform: what the paper's Table 1 compares."""
+    config = base.config
+    if not isinstance(config, ISTNConfig):
+        raise TypeError("The variants and transforms of Table 1 are those of an ISTN.")
     return [
         replace(
             base,
             name=f"{name}-{kind}-{variant}",
             variant=variant,
-            config=replace(
-                base.config, stages=chosen, itn=() if variant in ("unsupervised", "supervised") else base.config.itn
-            ),
+            config=replace(config, stages=chosen, itn=() if variant in ("unsupervised", "supervised") else config.itn),
         )
         for kind, chosen in stages.items()
         for variant in objectives.ISTN

@@ -92,7 +92,7 @@ def refine(
     result: Result,
     grid: Grid,
     settings: Refinement | None = None,
-    loss: Loss = objectives.refinement,
+    loss: Loss | None = None,
     watch: Callable[[int, Transform], None] | None = None,
 ) -> Refined:
     """Refine what a model found for a batch of pairs.
@@ -102,11 +102,12 @@ def refine(
         result: the model's result for the pairs.
         grid: where the features sit.
         settings: how.
-        loss: of features, transform, grid and focus (a part of the grid, or None), one value a pair.
+        loss: of features, transform, grid and focus (a part of the grid, or None), one value a pair; left out, what
+            the model was trained to align by.
         watch: called with the number of steps taken and the current transform: for curves against labels, which the
             refinement itself never sees.
     """
-    settings = settings or Refinement()
+    settings, loss = settings or Refinement(), loss or objectives.at_test_time(model)
     features = (result.features[0].detach(), result.features[1].detach())
     # Outside of mixed precision, whoever calls: coordinates need all the digits of float32.
     with torch.autocast(features[0].device.type, enabled=False):

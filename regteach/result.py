@@ -1,8 +1,8 @@
 """What every registration network returns, and the parts that test-time refinement may turn.
 
-A network finds its transform in steps, from coarse to fine. Each step is a tensor of parameters and the function that
-makes a transform of it; the whole transform is their composition, in which the **last** (finest) step moves the fixed
-points first:
+A network finds its transform in steps, from coarse to fine. Each step is a tensor of parameters, the function that
+makes a transform of it, and the way in which it joins what was found before. As a rule that is composition, in which
+the **last** (finest) step moves the fixed points first:
 
     T = step_1 o step_2 o ... o step_n,   T(x) = step_1(step_2(... step_n(x)))
 
@@ -17,6 +17,11 @@ from torch import Tensor
 from regteach.transforms import Compose, Transform
 
 
+def composed(before: Transform, step: Transform) -> Transform:
+    """``before`` o ``step``: the step moves the fixed points first."""
+    return Compose((step, *(before.transforms if isinstance(before, Compose) else (before,))))
+
+
 @dataclass(frozen=True)
 class Step:
     """One step of a network.
@@ -24,10 +29,12 @@ class Step:
     Args:
         parameters: ``b ...``, unbounded numbers; all zeros is the identity.
         build: makes a transform (fixed to moving, mm) of such a tensor.
+        join: makes the transform after this step of the one before it and of its own.
     """
 
     parameters: Tensor
     build: Callable[[Tensor], Transform]
+    join: Callable[[Transform, Transform], Transform] = composed
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,15 @@ class Result:
 
 
 def assemble(steps: Sequence[Step], parameters: Sequence[Tensor] | None = None) -> Transform:
-    """The transform of these steps, with their own parameters or with others in their place."""
+    """The transform of these steps, with their own parameters or with others in their place; of none, the identity."""
+    return after_each(steps, parameters)[-1] if steps else Compose(())
+
+
+def after_each(steps: Sequence[Step], parameters: Sequence[Tensor] | None = None) -> tuple[Transform, ...]:
+    """The transforms after the first step, after the first two, and so on."""
     given = [step.parameters for step in steps] if parameters is None else parameters
-    parts = [step.build(z) for step, z in zip(steps, given, strict=True)]
-    return parts[0] if len(parts) == 1 else Compose(tuple(reversed(parts)))
+    found: list[Transform] = []
+    for step, z in zip(steps, given, strict=True):
+        own = step.build(z)
+        found.append(step.join(found[-1], own) if found else own)
+    return tuple(found)

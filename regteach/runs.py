@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from regteach import objectives, plotting
-from regteach.checkpoints import Model, load, save_model
+from regteach.checkpoints import Model, load, network, save_model
 from regteach.data.augment import augmented
 from regteach.data.cohort import Cohort
 from regteach.evaluation import figures_of, measure, pairs_to_test
 from regteach.nets.blocks import fast_layout
-from regteach.nets.istn import ISTN, count_parameters
+from regteach.nets.istn import ISTNConfig, count_parameters
 from regteach.recipes import Recipe, load_cohort
 from regteach.sampling import warp
 from regteach.training import Progress, Trained, is_main, train
@@ -27,7 +27,7 @@ from regteach.transforms import Identity
 
 
 class CohortTask:
-    """Training of an ISTN on pairs of a cohort: what ``training.train`` needs to know.
+    """Training of a network on pairs of a cohort: what ``training.train`` needs to know.
 
     Args:
         recipe: what to do.
@@ -47,7 +47,9 @@ class CohortTask:
         config, cohort, variant = self.recipe.config, self.cohort, self.recipe.variant
         if variant not in objectives.ISTN:
             raise ValueError(f"A variant of ISTN is one of {', '.join(objectives.ISTN)}, not {variant!r}.")
-        if config.itn and config.structures != cohort.soi.shape[1]:
+        if not isinstance(config, ISTNConfig) and (variant != "unsupervised" or self.recipe.coarsen != 1):
+            raise ValueError(f"{self.recipe.name} learns from the images alone: unsupervised, and coarsen is 1.")
+        if isinstance(config, ISTNConfig) and config.itn and config.structures != cohort.soi.shape[1]:
             raise ValueError(
                 f"{self.recipe.name} draws {config.structures} structures, but {cohort.name} has {cohort.soi.shape[1]}."
             )
@@ -60,7 +62,7 @@ class CohortTask:
 
     def build(self) -> nn.Module:
         """An untrained network, laid out for fast convolutions."""
-        return fast_layout(ISTN(self.recipe.config), self.cohort.grid.dim)
+        return fast_layout(network(self.recipe.config), self.cohort.grid.dim)
 
     def loss(self, model: nn.Module, items: Sequence[int], device: torch.device) -> dict[str, Tensor]:
         """The variant's terms on random training pairs."""
@@ -71,6 +73,9 @@ class CohortTask:
         grid = self.cohort.grid
         result = model(moving, fixed, grid)
         recipe, images, soi = self.recipe, (moving, fixed), (soi_moving, soi_fixed)
+        if not isinstance(recipe.config, ISTNConfig):
+            across = getattr(recipe.config, "supervision", "across") == "across"
+            return objectives.multiscale(result, grid, recipe.config.similarity, recipe.bending, across=across)
         return objectives.istn(recipe.variant, result, images, soi, grid, recipe.bending, recipe.coarsen)
 
     def validate(self, model: nn.Module, device: torch.device) -> dict[str, float]:

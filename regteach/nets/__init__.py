@@ -1,1 +1,1 @@
-"""Networks: one model a file, its configuration and sources on top. Blocks that several of them use are in `blocks`."""
+"""Registration networks, one model a file: a configuration, and the network that it fixes."""

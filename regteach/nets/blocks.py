@@ -11,6 +11,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from regteach.grid import Grid
+from regteach.sampling import grid_points, sample
+
 SLOPE = 0.01  # of the leaky ReLU
 
 
@@ -43,6 +46,23 @@ def zero_start(layer: nn.Module) -> nn.Module:
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer
+
+
+def upsampled(displacement: Float[Tensor, "b *coarse d"], coarse: Grid, fine: Grid) -> Float[Tensor, "b *fine d"]:
+    """A displacement on a finer grid: linear between its points, and going on straight beyond the outermost ones.
+
+    The children at the border lie outside of their parents: with a repeated border they would fall behind, and a
+    rotation would arrive bent.
+    """
+    field = displacement.movedim(-1, 1)
+    for axis in range(2, field.ndim):
+        if field.shape[axis] > 1:
+            first, second = field.narrow(axis, 0, 1), field.narrow(axis, 1, 1)
+            last, before = field.narrow(axis, -1, 1), field.narrow(axis, -2, 1)
+            field = torch.cat([2 * first - second, field, 2 * last - before], axis)
+    pads = [int(n > 1) for n in coarse.shape]
+    points = grid_points(fine, displacement.device, displacement.dtype)[None]
+    return sample(field, points.expand(len(field), *points.shape[1:]), coarse.padded(pads, pads)).movedim(1, -1)
 
 
 class UNet(nn.Module):

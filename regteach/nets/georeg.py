@@ -1,0 +1,387 @@
+"""GeoReg: coarse-to-fine registration by points that move.
+
+Each image becomes a pyramid of features, for itself. The points that move are those of the **fixed** image's grids: at
+each level a point looks round its present position among the features of the moving image, listens to some of them, and
+takes a step; the next finer level inherits the positions of its parents and corrects what it inherited.
+
+    coarsest level:  x = rest position
+    finer levels:    x = linear interpolation of the parents' positions + u(attention to the parents)
+    every level:     x <- x + u(attention to the moving features round x),  several times
+
+Positions are continuous, mm; features are never resampled. With the attention of ``ops.neighbourhood``,
+
+    h = LN(f + Wo Wv z),  h <- LN(h + W2 relu(W1 h)),  u = Wb relu(Wa h)
+
+where f is the fixed point's own feature. Wb starts at zero, so the untrained network is the identity.
+
+Source: Sideri-Lampretsa et al., Interpretable deformable image registration: a geometric deep learning perspective,
+arXiv 2412.13294: section 3, eqs 4 to 7. Its source points are our fixed points: both are mapped into the other image.
+Ours: offsets are measured in millimetres, so a window means the same at any spacing; the affine part of a motion passes
+from level to level exactly, also at the border.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from regteach.grid import Grid
+from regteach.nets.blocks import conv, upsampled, zero_start
+from regteach.ops.neighbourhood import in_slabs, neighbourhood_attention, parent_attention
+from regteach.precision import exactly
+from regteach.result import Result, Step, after_each
+from regteach.sampling import flat_points, grid_points, sample, warp
+from regteach.transforms import Dense, Transform
+
+MOVES, INTERPOLATIONS, SUPERVISIONS = ("points", "features"), ("learned", "linear"), ("across", "within")
+
+
+@dataclass(frozen=True)
+class GeoRegConfig:
+    """Everything that fixes a GeoReg but its weights. Levels are listed finest first.
+
+    Args:
+        grid: the grid that images are brought to before they enter; divisible by 2^(levels - 1).
+        widths: channels a level, even.
+        windows: neighbours an axis in the moving image, a level; 0 for a level that only interpolates.
+        parents: neighbours an axis among the parents, for every level but the coarsest.
+        iterations: steps a level; 1 each where left out.
+        channels: of an image.
+        encoders: 1 for both images, or 2, one for the moving and one for the fixed image (two modalities).
+        similarity: what the images are compared by, in training and in refinement: "ncc", "local_ncc", ...
+        moves: "points" (coordinates move), or "features": the moving features are resampled at the points instead, and
+            looked at from their rest positions. For comparison.
+        interpolation: of the parents' motion: "learned", or "linear" alone. For comparison.
+        supervision: "across" levels, or "within": then no gradient passes from a level to the one before it. For
+            comparison.
+        carry: hand the parents' features h down too, not only their positions.
+        slab: points computed at a time where gradients are kept: more points than that cost time, not memory.
+        checkpointed: recompute the encoder's features in backward: less memory, more time.
+    """
+
+    grid: Grid
+    widths: tuple[int, ...] = (16, 32, 64)
+    windows: tuple[int, ...] = (0, 3, 3)
+    parents: tuple[int, ...] = (3, 3)
+    iterations: tuple[int, ...] = ()
+    channels: int = 1
+    encoders: int = 1
+    similarity: str = "ncc"
+    moves: str = "points"
+    interpolation: str = "learned"
+    supervision: str = "across"
+    carry: bool = False
+    slab: int = 2**18
+    checkpointed: bool = False
+
+    def __post_init__(self) -> None:
+        levels = len(self.widths)
+        if not levels or len(self.windows) != levels or len(self.parents) != levels - 1:
+            raise ValueError(
+                f"A GeoReg of {levels} levels needs as many windows and one parents' window less, not "
+                f"{len(self.windows)} and {len(self.parents)}."
+            )
+        if len(self.iterations) not in (0, levels):
+            raise ValueError(f"Iterations are one number for each of the {levels} levels, or none at all.")
+        if not self.windows[-1]:
+            raise ValueError("The coarsest level has nothing to interpolate from: its window can not be 0.")
+        if min(*self.windows, *self.parents, *self.iterations) < 0 or any(
+            width % 2 or width < 2 for width in self.widths
+        ):
+            raise ValueError("Windows and iterations are not negative, and widths are even numbers of at least 2.")
+        for name, options in (("moves", MOVES), ("interpolation", INTERPOLATIONS), ("supervision", SUPERVISIONS)):
+            if getattr(self, name) not in options:
+                raise ValueError(f"{name} is one of {', '.join(options)}, not {getattr(self, name)!r}.")
+        if self.encoders not in (1, 2):
+            raise ValueError(f"Two images have 1 encoder or 2, not {self.encoders}.")
+        check_size(self.grid, levels)
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """Deformation steps a level, finest first."""
+        times = self.iterations or (1,) * len(self.widths)
+        return tuple(n if window else 0 for n, window in zip(times, self.windows, strict=True))
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> "GeoRegConfig":
+        """Back from ``dataclasses.asdict`` (a checkpoint's header).
+
+        Raises:
+            ValueError: if a key is unknown, or one that has no default is missing.
+        """
+        try:
+            return GeoRegConfig(**_tuples(values) | {"grid": Grid(**_tuples(values["grid"]))})
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"This is no configuration of a GeoReg ({error}).") from None
+
+
+def check_size(grid: Grid, levels: int) -> None:
+    """Raise a ValueError unless a grid can be halved so often that each level is an average of the one before."""
+    factor = 2 ** (levels - 1)
+    if any(n % factor for n in grid.shape):
+        near = tuple(-(-n // factor) * factor for n in grid.shape)
+        raise ValueError(
+            f"A GeoReg of {levels} levels halves the grid {levels - 1} times, which {grid.shape} voxels do not allow; "
+            f"{near} would."
+        )
+
+
+class GeoReg(nn.Module):
+    """The model. Nothing is kept between calls.
+
+    Args:
+        config: what it is made of.
+    """
+
+    def __init__(self, config: GeoRegConfig) -> None:
+        super().__init__()
+        self.config = config
+        dim, widths = config.grid.dim, config.widths
+        self.encoders = nn.ModuleList(PyramidEncoder(dim, config.channels, widths) for _ in range(config.encoders))
+        lengths = [max(config.grid.spacing) * 2**level for level in range(len(widths))]
+        # One deformation step for all iterations of a level; modules are stored finest first, like everything.
+        self.deform = nn.ModuleList(
+            Deformation(dim, width, width, length, window) if steps else nn.Identity()
+            for width, length, window, steps in zip(widths, lengths, config.windows, config.steps, strict=True)
+        )
+        learned = config.interpolation == "learned"
+        self.inherit = nn.ModuleList(
+            Deformation(dim, child, parent, length, window) if learned and window else nn.Identity()
+            for (child, parent), length, window in zip(
+                itertools.pairwise(widths), lengths[1:], config.parents, strict=True
+            )
+        )
+        self.hand_down = nn.ModuleList(
+            nn.Linear(parent, child, bias=False) for child, parent in itertools.pairwise(widths) if config.carry
+        )
+
+    def forward(self, moving: Tensor, fixed: Tensor, grid: Grid) -> Result:
+        """Register a batch of pairs.
+
+        Args:
+            moving: ``b c *grid`` in [0, 1].
+            fixed: the same.
+            grid: where both sit; any size that can be halved as often as needed, any spacing.
+
+        Returns:
+            The transform, a Dense on ``grid``; the images as features; a step for every position update, coarse to
+            fine, whose parameters are displacements in mm on its level's grid.
+        """
+        self._check(moving, fixed, grid)
+        pyramids = [
+            encoder(image, self.config.checkpointed)
+            for encoder, image in zip((self.encoders[0], self.encoders[-1]), (moving, fixed), strict=True)
+        ]
+        steps = self._decode(pyramids[0], pyramids[1], grid)
+        return Result(after_each(steps)[-1], (moving, fixed), steps)
+
+    def align(self, moving: Tensor, fixed: Tensor, grid: Grid) -> Result:
+        """The same as a call: what refinement compares are the images themselves."""
+        result: Result = self(moving, fixed, grid)
+        return result
+
+    @exactly
+    def _decode(self, moving: list[Tensor], fixed: list[Tensor], grid: Grid) -> tuple[Step, ...]:
+        steps: list[Step] = []
+        parent: _Level | None = None
+        for level in reversed(range(len(self.config.widths))):
+            here = _Level(grid.coarsened(2**level), fixed[level].float(), moving[level].float())
+            if parent is not None:
+                here, own = self._inherited(level, here, parent)
+                steps.append(_step(own, here.grid))
+            for _ in range(self.config.steps[level]):
+                here, own = self._deformed(level, here)
+                steps.append(_step(own, here.grid))
+            parent = here
+        return tuple(steps)
+
+    def _inherited(self, level: int, here: "_Level", parent: "_Level") -> tuple["_Level", Tensor]:
+        """Positions from the parents: linear, and corrected by attention to them."""
+        moved = parent.displacement.detach() if self.config.supervision == "within" else parent.displacement
+        if self.config.carry:
+            told = self.hand_down[level](parent.state.movedim(1, -1)).movedim(-1, 1)
+            here = replace(here, own=here.own + sample(told, grid_points(here.grid, told.device)[None], parent.grid))
+        here = replace(here, displacement=upsampled(moved, parent.grid, here.grid), state=here.own)
+        if isinstance(self.inherit[level], nn.Identity):
+            return here, torch.zeros_like(here.displacement)
+        rest = flat_points(here.grid, moved.device)
+        positions = grid_points(parent.grid, moved.device) + moved
+        attend = partial(_to_parents, features=parent.own, moved=positions, grid=parent.grid)
+        return self._moved(self.inherit[level], here, attend, rest.expand(len(moved), -1, -1))
+
+    def _deformed(self, level: int, here: "_Level") -> tuple["_Level", Tensor]:
+        """One step at a level: attention to the moving image round the present positions."""
+        features, rest = here.other, flat_points(here.grid, here.other.device).expand(len(here.other), -1, -1)
+        if self.config.moves == "features":  # the ablation: resample, and look from the rest position
+            features = warp(features, Dense(here.displacement, here.grid), here.grid)
+            attend = partial(_to_rest, features=features, grid=here.grid)
+        else:
+            attend = partial(_to_moving, features=features, grid=here.grid)
+        return self._moved(self.deform[level], here, attend, rest)
+
+    def _moved(self, module: nn.Module, here: "_Level", attend: Any, rest: Tensor) -> tuple["_Level", Tensor]:
+        """Apply a deformation module to every point of a level, in slabs where there are many."""
+        own = here.own.flatten(2).mT
+        points = rest + here.displacement.flatten(1, -2)
+        slab = self.config.slab if torch.is_grad_enabled() and self.config.slab < own.shape[1] else 0
+        out = in_slabs(partial(module, attend), slab, own, rest, points)
+        shift, state = out[..., : rest.shape[-1]], out[..., rest.shape[-1] :]
+        shift = shift.unflatten(1, here.grid.shape)
+        state = state.mT.unflatten(2, here.grid.shape)
+        return replace(here, displacement=here.displacement + shift, state=state), shift
+
+    def _check(self, moving: Tensor, fixed: Tensor, grid: Grid) -> None:
+        check_size(grid, len(self.config.widths))
+        if grid.dim != self.config.grid.dim:
+            raise ValueError(f"This network registers images of {self.config.grid.dim} axes, not {grid.dim}.")
+        for name, image in (("moving", moving), ("fixed", fixed)):
+            if tuple(image.shape[1:]) != (self.config.channels, *grid.shape):
+                raise ValueError(
+                    f"The {name} image has the shape {tuple(image.shape)}, but on this grid the network takes "
+                    f"a batch x {self.config.channels} x {' x '.join(map(str, grid.shape))}."
+                )
+        if len(moving) != len(fixed):
+            raise ValueError(f"{len(moving)} moving and {len(fixed)} fixed images are not pairs.")
+
+
+@dataclass(frozen=True, eq=False)
+class _Level:
+    """Where the points of one level are by now, and what they know."""
+
+    grid: Grid
+    own: Tensor  # features of the fixed points, b c *grid
+    other: Tensor  # features of the moving image on the same grid
+    displacement: Any = None  # b *grid d, mm
+    state: Any = None  # h of the last step, b c *grid
+
+    def __post_init__(self) -> None:
+        if self.displacement is None:
+            object.__setattr__(self, "displacement", self.own.new_zeros(len(self.own), *self.grid.shape, self.grid.dim))
+        if self.state is None:
+            object.__setattr__(self, "state", self.own)
+
+
+class PyramidEncoder(nn.Module):
+    """Features of one image at several resolutions: two residual blocks a level, average pooling between levels.
+
+    A level's features sit on ``grid.coarsened(2**level)``: a pooled voxel lies in the middle of what was pooled.
+
+    Args:
+        dim: 2 or 3.
+        inputs: channels of the image.
+        widths: channels a level, finest first.
+    """
+
+    def __init__(self, dim: int, inputs: int, widths: Sequence[int]) -> None:
+        super().__init__()
+        self.pool = {2: F.avg_pool2d, 3: F.avg_pool3d}[dim]
+        self.levels = nn.ModuleList(
+            nn.Sequential(_Residual(dim, a, b), _Residual(dim, b, b)) for a, b in itertools.pairwise((inputs, *widths))
+        )
+
+    def forward(self, image: Float[Tensor, "b i *grid"], checkpointed: bool = False) -> list[Tensor]:
+        """One feature image a level, finest first."""
+        found = []
+        for level, blocks in enumerate(self.levels):
+            image = image if level == 0 else self.pool(image, 2)
+            image = checkpoint(blocks, image, use_reentrant=False) if checkpointed else blocks(image)
+            found.append(image)
+        return found
+
+
+class _Residual(nn.Module):
+    """relu(x + conv(relu(conv(x)))), with a projection of x where the width changes."""
+
+    def __init__(self, dim: int, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.first, self.second = conv(dim, inputs, outputs), conv(dim, outputs, outputs)
+        self.skip = nn.Identity() if inputs == outputs else conv(dim, inputs, outputs, kernel=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.skip(x) + self.second(F.relu(self.first(x))))
+
+
+class Deformation(nn.Module):
+    """Attention, two normalised residual layers, and a displacement: one step of points.
+
+    Args:
+        dim: 2 or 3.
+        asks: channels of the points.
+        answers: channels of those they attend to.
+        spacing_mm: distance between those.
+        window: neighbours an axis.
+    """
+
+    frequencies: Tensor
+
+    def __init__(self, dim: int, asks: int, answers: int, spacing_mm: float, window: int) -> None:
+        super().__init__()
+        self.window = window
+        # An offset across the whole window makes one turn of a frequency of 1.
+        self.spacing_mm, self.length_mm = spacing_mm, spacing_mm * window
+        self.query, self.key = nn.Linear(asks, answers), nn.Linear(answers, answers, bias=False)
+        self.value, self.out = nn.Linear(answers, asks), nn.Linear(asks, asks)
+        self.norms = nn.ModuleList(nn.LayerNorm(asks) for _ in range(2))
+        self.feed = nn.Sequential(nn.Linear(asks, 2 * asks), nn.ReLU(), nn.Linear(2 * asks, asks))
+        self.head = nn.Sequential(nn.Linear(asks, 2 * asks), nn.ReLU(), nn.Linear(2 * asks, dim, bias=False))
+        zero_start(self.head[-1])
+        self.register_buffer("frequencies", torch.randn(dim, answers // 2))
+
+    def forward(self, attend: Any, own: Tensor, rest: Tensor, points: Tensor) -> Float[Tensor, "b n k"]:
+        """Displacement (mm) and new features of each point, side by side.
+
+        Args:
+            attend: the attention, of query, rest positions, positions, window, frequencies and length.
+            own: ``b n c``, features of the points.
+            rest: ``b n d``, where they were, mm.
+            points: ``b n d``, where they are, mm.
+        """
+        # The key's projection is absorbed into the query; its bias would cancel in the softmax.
+        query = self.query(own) @ self.key.weight * own.new_tensor(self.frequencies.shape[1] * 2).rsqrt()
+        heard = attend(query, rest, points, self.window, self.frequencies, self.length_mm)
+        state = self.norms[0](own + self.out(self.value(heard)))
+        state = self.norms[1](state + self.feed(state))
+        return torch.cat([self.spacing_mm * self.head(state), state], -1)
+
+
+def _to_moving(query, rest, points, window, frequencies, length_mm, features, grid):  # type: ignore[no-untyped-def]
+    return neighbourhood_attention(query, features, points, grid, window, frequencies, length_mm)
+
+
+def _to_rest(query, rest, points, window, frequencies, length_mm, features, grid):  # type: ignore[no-untyped-def]
+    return neighbourhood_attention(query, features, rest, grid, window, frequencies, length_mm)
+
+
+def _to_parents(query, rest, points, window, frequencies, length_mm, features, moved, grid):  # type: ignore[no-untyped-def]
+    return parent_attention(query, features, moved, rest, points, grid, window, frequencies, length_mm)
+
+
+# ---- steps ----
+
+
+def _step(own: Tensor, grid: Grid) -> Step:
+    return Step(own, partial(_dense, grid=grid), _added)
+
+
+def _dense(displacement: Tensor, grid: Grid) -> Dense:
+    return Dense(displacement, grid)
+
+
+def _added(before: Transform, own: Transform) -> Transform:
+    """The positions before a step, brought to its grid, and the step: displacements add up, nothing is composed."""
+    if not isinstance(before, Dense) or not isinstance(own, Dense):
+        raise TypeError("The steps of a GeoReg are displacements on grids.")
+    same = before.grid.shape == own.grid.shape
+    inherited = before.displacement if same else upsampled(before.displacement, before.grid, own.grid)
+    return Dense(inherited + own.displacement, own.grid)
+
+
+def _tuples(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}

@@ -1,0 +1,314 @@
+"""GeoReg: the identity at the start, exact inheritance, millimetres, levels that are what they say, and learning."""
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from regteach import objectives
+from regteach.checkpoints import Model, load, save_model
+from regteach.grid import Grid
+from regteach.nets.blocks import upsampled
+from regteach.nets.georeg import GeoReg, GeoRegConfig, PyramidEncoder
+from regteach.nets.istn import count_parameters
+from regteach.refinement import Refinement, refine
+from regteach.result import after_each
+from regteach.sampling import grid_points
+from regteach.transforms import Dense, displacement
+
+FLAT = GeoRegConfig(Grid((16, 24), (1.0, 2.0)), (4, 8, 8), (0, 3, 3), (2, 3))
+SOLID = GeoRegConfig(Grid((8, 12, 16), (1.0, 1.5, 2.0), (5.0, -3.0, 1.0)), (4, 8), (2, 3), (2,), (1, 2))
+BOTH = pytest.mark.parametrize("config", [FLAT, SOLID], ids=["2d", "3d"])
+
+
+def net_of(config: GeoRegConfig, moving: bool = False, seed: int = 0) -> GeoReg:
+    """An untrained network; ``moving`` gives its last layers weights, so that points move."""
+    torch.manual_seed(seed)
+    net = GeoReg(config)
+    if moving:
+        for part in (*net.deform, *net.inherit):
+            if hasattr(part, "head"):
+                torch.nn.init.normal_(part.head[-1].weight, std=0.05)
+    return net
+
+
+def images(config: GeoRegConfig, batch: int = 2) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    both = torch.rand(2, batch, config.channels, *config.grid.shape, generator=generator)
+    return both[0], both[1]
+
+
+def blob(grid: Grid, shift_mm: float = 0.0) -> Tensor:
+    points = grid_points(grid) - torch.tensor(grid.centre)
+    points[..., 0] -= shift_mm
+    return torch.exp(-points.square().sum(-1) / (2 * 3.0**2))[None, None]
+
+
+# ---- what it is made of ----
+
+
+def test_the_network_of_the_digits_is_as_large_as_the_papers() -> None:
+    """16, 32, 64 channels, 3 x 3 neighbourhoods: the paper's experiment has about 0.24 million parameters."""
+    net = GeoReg(GeoRegConfig(Grid((28, 28)), (16, 32, 64), (3, 3, 3), (3, 3)))
+    assert [count_parameters(part) for part in (net.encoders, net.deform, net.inherit)] == [171_472, 55_552, 20_016]
+    assert all(p.requires_grad for p in net.parameters())
+
+
+@BOTH
+def test_no_parameter_is_allocated_that_is_never_used(config: GeoRegConfig) -> None:
+    net = net_of(config, moving=True)
+    loss = objectives.total(objectives.multiscale(net(*images(config), config.grid), config.grid)).sum()
+    loss.backward()
+    unused = [name for name, p in net.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    # The coarsest and the finest encoder levels, the attention and the head all take part; only the normalised state of
+    # the last step is read by nobody.
+    assert unused == []
+
+
+@BOTH
+def test_the_untrained_network_is_the_identity(config: GeoRegConfig) -> None:
+    result = net_of(config)(*images(config), config.grid)
+    assert all(bool((t.displacement == 0).all()) for t in after_each(result.steps) if isinstance(t, Dense))
+    assert isinstance(result.transform, Dense)
+    assert result.transform.grid == config.grid
+
+
+@BOTH
+def test_there_is_a_step_for_every_update_coarse_to_fine(config: GeoRegConfig) -> None:
+    levels = [step.build(step.parameters).grid for step in net_of(config)(*images(config), config.grid).steps]  # type: ignore[attr-defined]
+    expected = []
+    for level in reversed(range(len(config.widths))):
+        inherited = int(level < len(config.widths) - 1)
+        expected += [config.grid.coarsened(2**level)] * (inherited + config.steps[level])
+    assert levels == expected
+
+
+@BOTH
+def test_features_sit_where_the_pooled_voxels_are(config: GeoRegConfig) -> None:
+    """A feature of a constant slope is that slope at its own grid's points."""
+    encoder = PyramidEncoder(config.grid.dim, 1, config.widths)
+    for level, blocks in enumerate(encoder.levels):
+        encoder.levels[level] = torch.nn.Identity()
+        assert blocks is not None
+    ramp = grid_points(config.grid)[..., 0][None, None]
+    for level, found in enumerate(encoder(ramp)):
+        assert torch.allclose(found[0, 0], grid_points(config.grid.coarsened(2**level))[..., 0], atol=1e-5)
+
+
+# ---- from level to level ----
+
+
+@BOTH
+def test_an_affine_motion_is_inherited_exactly_also_at_the_border(config: GeoRegConfig) -> None:
+    fine = config.grid
+    coarse = fine.coarsened(2)
+    matrix = torch.randn(fine.dim, fine.dim, generator=torch.Generator().manual_seed(3))
+
+    def motion(grid: Grid) -> Tensor:
+        return (grid_points(grid) @ matrix.T + 2.0)[None]
+
+    assert torch.allclose(upsampled(motion(coarse), coarse, fine), motion(fine), atol=1e-4)
+
+
+def test_an_axis_of_one_voxel_passes_its_motion_on() -> None:
+    fine = Grid((2, 8))
+    field = torch.randn(1, 1, 4, 2)
+    found = upsampled(field, fine.coarsened(2), fine)
+    assert torch.allclose(found[:, 0], found[:, 1])
+
+
+@BOTH
+def test_displacements_add_up(config: GeoRegConfig) -> None:
+    """A translation at the coarsest level arrives everywhere, in mm, and the steps below add to it."""
+    steps = net_of(config)(*images(config), config.grid).steps
+    shift = torch.arange(1.0, config.grid.dim + 1)
+    parameters = [torch.zeros_like(step.parameters) for step in steps]
+    parameters[0] += shift
+    parameters[-1] += 0.25
+    found = after_each(steps, parameters)[-1]
+    assert torch.allclose(displacement(found, config.grid), (shift + 0.25).expand(2, *config.grid.shape, -1), atol=1e-5)
+
+
+@BOTH
+def test_the_result_is_what_its_steps_say(config: GeoRegConfig) -> None:
+    net = net_of(config, moving=True)
+    result = net(*images(config), config.grid)
+    assert max(step.parameters.abs().max() for step in result.steps) > 1e-3
+    assert torch.equal(
+        displacement(result.up_to(len(result.steps)), config.grid), displacement(result.transform, config.grid)
+    )
+
+
+# ---- what may not matter, and what must ----
+
+
+@BOTH
+def test_pairs_of_a_batch_do_not_mix(config: GeoRegConfig) -> None:
+    net, (moving, fixed) = net_of(config, moving=True), images(config)
+    both = displacement(net(moving, fixed, config.grid).transform, config.grid)
+    alone = displacement(net(moving[1:], fixed[1:], config.grid).transform, config.grid)
+    assert torch.allclose(both[1:], alone, atol=1e-5)
+
+
+@BOTH
+def test_slabs_and_checkpoints_change_nothing(config: GeoRegConfig) -> None:
+    def gradient(**changes: object) -> Tensor:
+        net = net_of(replace(config, **changes), moving=True)  # type: ignore[arg-type]
+        objectives.total(
+            objectives.multiscale(net(*images(config), config.grid), config.grid, bending=1.0)
+        ).sum().backward()
+        return torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
+
+    whole = gradient()
+    for changed in (gradient(slab=7), gradient(checkpointed=True)):
+        assert torch.allclose(changed, whole, atol=1e-5 * float(whole.abs().max()))
+
+
+@BOTH
+def test_moving_the_world_moves_nothing(config: GeoRegConfig) -> None:
+    net = net_of(config, moving=True)
+    there = Grid(config.grid.shape, config.grid.spacing, tuple(o + 100.0 for o in config.grid.origin))
+    a, b = (displacement(net(*images(config), grid).transform, grid) for grid in (config.grid, there))
+    assert torch.allclose(a, b, atol=1e-3)
+
+
+def test_spacing_means_something() -> None:
+    """The same voxels, twice as far apart along one axis, are another neighbourhood."""
+    net = net_of(FLAT, moving=True)
+    square, stretched = Grid(FLAT.grid.shape, (1.0, 1.0)), Grid(FLAT.grid.shape, (1.0, 2.0))
+    a, b = (displacement(net(*images(FLAT), grid).transform, grid) for grid in (square, stretched))
+    assert (a - b).abs().max() > 0.01 * a.abs().max()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"moves": "features"}, {"interpolation": "linear"}, {"carry": True}, {"encoders": 2}, {"iterations": (0, 2, 3)}],
+)
+def test_every_ablation_is_another_network_that_runs(change: dict[str, object]) -> None:
+    plain, other = net_of(FLAT, moving=True), net_of(replace(FLAT, **change), moving=True)  # type: ignore[arg-type]
+    a, b = (displacement(net(*images(FLAT), FLAT.grid).transform, FLAT.grid) for net in (plain, other))
+    assert bool(b.isfinite().all())
+    assert (a - b).abs().max() > 1e-4
+
+
+def test_linear_interpolation_has_nothing_to_learn() -> None:
+    net = GeoReg(replace(FLAT, interpolation="linear"))
+    assert count_parameters(net.inherit) == 0
+
+
+@pytest.mark.parametrize(("supervision", "reaches"), [("across", True), ("within", False)])
+def test_gradients_cross_levels_only_across(supervision: str, reaches: bool) -> None:
+    net = net_of(replace(FLAT, supervision=supervision), moving=True)
+    # Weight on the finest level alone: what reaches the coarsest has crossed.
+    result = net(*images(FLAT), FLAT.grid)
+    terms = objectives.multiscale(result, FLAT.grid, weights=(1, 0, 0), across=supervision == "across")
+    terms["image"].sum().backward()
+    coarsest = net.deform[-1].head[-1].weight.grad
+    assert (coarsest is not None and bool(coarsest.abs().sum() > 0)) is reaches
+
+
+def test_half_precision_convolutions_leave_coordinates_alone() -> None:
+    net = net_of(FLAT, moving=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        result = net(*images(FLAT), FLAT.grid)
+    assert {step.parameters.dtype for step in result.steps} == {torch.float32}
+    exact = displacement(net(*images(FLAT), FLAT.grid).transform, FLAT.grid).detach()
+    assert torch.allclose(displacement(result.transform, FLAT.grid), exact, atol=0.05 * float(exact.abs().max()))
+
+
+# ---- learning ----
+
+
+def test_it_learns_a_large_translation_at_its_coarsest_level_and_refinement_goes_on() -> None:
+    grid = Grid((32, 32))
+    net = net_of(GeoRegConfig(grid, (8, 8, 16), (0, 3, 3), (2, 3), (0, 1, 2)))
+    moving, fixed = blob(grid, 6.0), blob(grid)
+    optimiser = torch.optim.Adam(net.parameters(), 3e-3)
+    losses = []
+    for _ in range(80):
+        loss = objectives.total(objectives.multiscale(net(moving, fixed, grid), grid, "ncc", 1.0)).mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.2 * losses[0]
+    result = net(moving, fixed, grid)
+    assert torch.allclose(displacement(result.transform, grid)[0, 16, 16], torch.tensor([6.0, 0.0]), atol=1.0)
+    first = result.steps[0].parameters[0, 4, 4]
+    assert first[0] > 2  # most of it at once, at the coarsest level
+    fresh = net_of(net.config)
+    for mode, rate in (("parameters", 0.1), ("weights", 3e-3)):
+        refined = refine(fresh, fresh(moving, fixed, grid), grid, Refinement(10, mode, rate, bending=1.0))
+        assert refined.curve[-1] < refined.curve[0]
+
+
+def test_a_constant_image_moves_nothing_and_breaks_nothing() -> None:
+    """Correlation with a constant is defined as 0: no gradient, no NaN."""
+    net = net_of(FLAT, moving=True)
+    flat = torch.full((1, 1, *FLAT.grid.shape), 0.5)
+    terms = objectives.multiscale(net(flat, flat, FLAT.grid), FLAT.grid, bending=1.0)
+    objectives.total(terms).sum().backward()
+    assert terms["image"].item() == pytest.approx(1.0)
+    assert all(bool(p.grad.isfinite().all()) for p in net.parameters() if p.grad is not None)
+
+
+def test_identical_images_cost_nothing_at_the_identity() -> None:
+    moving, _ = images(FLAT)
+    terms = objectives.multiscale(net_of(FLAT)(moving, moving, FLAT.grid), FLAT.grid, bending=1.0)
+    assert torch.allclose(terms["image"], torch.zeros(2), atol=1e-5)
+    assert torch.allclose(terms["bending"], torch.zeros(2))
+
+
+# ---- files and bad input ----
+
+
+def test_a_checkpoint_gives_the_same_network_back(tmp_path: Path) -> None:
+    net = net_of(SOLID, moving=True).half().float().eval()
+    stored = load(save_model(tmp_path / "mine.safetensors", Model("mine", net)))
+    assert stored.network.config == SOLID
+    a, b = (displacement(n(*images(SOLID), SOLID.grid).transform, SOLID.grid) for n in (net, stored.network))
+    assert torch.allclose(a, b, atol=1e-5)
+
+
+@BOTH
+def test_the_configuration_survives_json(config: GeoRegConfig) -> None:
+    assert GeoRegConfig.from_dict(json.loads(json.dumps(asdict(config)))) == config
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"windows": (3, 3)}, "needs as many windows"),
+        ({"parents": (3, 3, 3)}, "one parents' window less"),
+        ({"windows": (3, 3, 0)}, "nothing to interpolate from"),
+        ({"iterations": (1, 1)}, "one number for each of the 3 levels"),
+        ({"widths": (4, 7, 8)}, "even numbers"),
+        ({"windows": (-1, 3, 3)}, "not negative"),
+        ({"moves": "voxels"}, "moves is one of points, features"),
+        ({"encoders": 3}, "1 encoder or 2"),
+        ({"grid": Grid((18, 24))}, r"\(20, 24\) would"),
+    ],
+)
+def test_bad_configurations_are_refused(change: dict[str, object], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        replace(FLAT, **change)  # type: ignore[arg-type]
+
+
+def test_bad_images_are_refused() -> None:
+    net, (moving, fixed) = net_of(FLAT), images(FLAT)
+    with pytest.raises(ValueError, match="halves the grid 2 times"):
+        net(moving[..., :-2], fixed[..., :-2], Grid((16, 22)))
+    with pytest.raises(ValueError, match="The moving image has the shape"):
+        net(moving[:, :, :8], fixed, FLAT.grid)
+    with pytest.raises(ValueError, match="are not pairs"):
+        net(moving[:1], fixed, FLAT.grid)
+    with pytest.raises(ValueError, match="images of 2 axes"):
+        net(torch.rand(1, 1, 8, 8, 8), torch.rand(1, 1, 8, 8, 8), Grid((8, 8, 8)))
+
+
+def test_no_configuration_in_a_header_is_said() -> None:
+    with pytest.raises(ValueError, match="no configuration of a GeoReg"):
+        GeoRegConfig.from_dict({"grid": {"shape": [8, 8]}, "colour": 1})
