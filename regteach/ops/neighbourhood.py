@@ -12,9 +12,10 @@ listens to it. Features stay on their grid, and positions are never rounded:
 with fixed frequencies B and a length L in mm. Projections of one head need no place in here: the query's and the key's
 go into q (a key's bias cancels in the softmax), and the value's is applied to z (the weights add up to 1).
 
-The window of a point holds the k grid points of each axis that are nearest to it, for odd and even k alike. A point
-outside of the grid looks from the nearest position inside. Neighbours beyond the border are left out of the softmax;
-at least one is always there.
+The window of a point holds the k grid points of each axis that are nearest to it, for odd and even k alike (of two
+windows that are equally near, the lower one: an even k at a grid point). A point outside of the grid has the window of
+the nearest position inside; offsets are measured from where it is. Neighbours beyond the border are left out of the
+softmax; at least one is always there.
 
 :func:`neighbourhood_attention` and :func:`parent_attention` have plain forms beside them, which read like the formulas
 and keep every neighbour of every point. The others gather in blocks, keep nothing but the weights, and take the
@@ -73,6 +74,7 @@ def windows(
     return _neighbours(_starts(points, grid, window), grid.shape, window)
 
 
+@exactly
 def neighbourhood_attention_plain(
     query: Float[Tensor, "b n c"],
     features: Float[Tensor, "b c *grid"],
@@ -90,6 +92,7 @@ def neighbourhood_attention_plain(
     return _listen(query, said, inside)
 
 
+@exactly
 def parent_attention_plain(
     query: Float[Tensor, "b n c"],
     features: Float[Tensor, "b c *grid"],
@@ -103,6 +106,7 @@ def parent_attention_plain(
 ) -> Float[Tensor, "b n c"]:
     """What :func:`parent_attention` computes, as the formulas say it."""
     _check(query, features, points, grid, window, frequencies, length_mm)
+    _check_parents(moved, rest, points, grid)
     neighbours, inside = windows(rest, grid, window)
     positions = _rows(moved.movedim(-1, 1), neighbours)
     said = _rows(features, neighbours) + fourier_features(points.unsqueeze(-2) - positions, frequencies, length_mm)
@@ -129,7 +133,7 @@ def neighbourhood_attention(
         features: f, of the grid points.
         points: x, mm.
         grid: of the features.
-        window: k, neighbours an axis; larger than the grid means all of it.
+        window: k, neighbours an axis, of which those beyond the border are missing: 2 n - 1 see all of n from anywhere.
         frequencies: B, half as many as channels.
         length_mm: L.
 
@@ -179,11 +183,7 @@ def parent_attention(
         ValueError: if the shapes do not fit, or a window or a length is not positive.
     """
     _check(query, features, points, grid, window, frequencies, length_mm)
-    if moved.shape != (len(query), *grid.shape, grid.dim) or rest.shape != points.shape:
-        raise ValueError(
-            f"The parents' positions have the shape {tuple(moved.shape)} and the children's {tuple(rest.shape)}, which "
-            f"does not fit a grid of {grid.shape} voxels and {points.shape[1]} children."
-        )
+    _check_parents(moved, rest, points, grid)
     here = _phases(points, frequencies, length_mm)
     there = _turned(_phases(moved, frequencies, length_mm)).movedim(-1, 1)
     # The parents' angles are gathered with their features: as many channels again, and no table.
@@ -284,6 +284,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @exactly
     def backward(ctx: Any, of_taken: Tensor, of_weights: Tensor) -> tuple[Tensor | None, ...]:
         query, rows, start, weights = ctx.saved_tensors
         shape, window, biased = ctx.layout
@@ -359,6 +360,17 @@ def _check(
             f"make {channels} channels."
         )
     if points.shape[-1] != grid.dim or len(frequencies) != grid.dim:
-        raise ValueError(f"Points of {points.shape[-1]} and frequencies of {len(frequencies)} axes on {grid.dim}.")
+        raise ValueError(
+            f"Points of {points.shape[-1]} coordinates and frequencies of {len(frequencies)} do not fit a grid of "
+            f"{grid.dim} axes."
+        )
     if window < 1 or not length_mm > 0:
         raise ValueError(f"A window of {window} voxels and a length of {length_mm} mm must both be positive.")
+
+
+def _check_parents(moved: Tensor, rest: Tensor, points: Tensor, grid: Grid) -> None:
+    if moved.shape != (len(points), *grid.shape, grid.dim) or rest.shape != points.shape:
+        raise ValueError(
+            f"The parents' positions have the shape {tuple(moved.shape)} and the children's {tuple(rest.shape)}, which "
+            f"does not fit a grid of {grid.shape} voxels and {points.shape[1]} children."
+        )
