@@ -17,6 +17,7 @@ retraining, Medical Image Analysis 86 (2023). The stages, their ranges and the c
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -136,13 +137,15 @@ def synthesise(
     return torch.stack([_draw(item, grid, config, _Dice(generator, tissue.device)) for item in tissue.long()])
 
 
-def t1_like(tissue: Int[Tensor, "b *grid"], grid: Grid, generator: torch.Generator) -> Float[Tensor, "b 1 *grid"]:
+def t1_like(
+    tissue: Int[Tensor, "b *grid"], grid: Grid, generator: torch.Generator, values: Mapping[str, float] = T1
+) -> Float[Tensor, "b 1 *grid"]:
     """A plausible, skull-stripped T1 of each tissue map, in [0, 1]: mild noise and bias, the same contrast for all.
 
-    Arguments as in :func:`synthesise`.
+    Arguments as in :func:`synthesise`; ``values`` is how bright each tissue is: other ones give another contrast.
     """
     _check(tissue, grid)
-    return torch.stack([_t1_of(item, grid, _Dice(generator, tissue.device)) for item in tissue.long()])
+    return torch.stack([_plain(item, grid, _Dice(generator, tissue.device), values) for item in tissue.long()])
 
 
 class _Dice:
@@ -192,9 +195,11 @@ def _draw(tissue: Int[Tensor, "*grid"], grid: Grid, config: Contrast, dice: _Dic
     return image[None]
 
 
-def _t1_of(tissue: Int[Tensor, "*grid"], grid: Grid, dice: _Dice) -> Float[Tensor, "1 *grid"]:
+def _plain(
+    tissue: Int[Tensor, "*grid"], grid: Grid, dice: _Dice, values: Mapping[str, float]
+) -> Float[Tensor, "1 *grid"]:
     means = torch.zeros(MOST, device=dice.device)
-    means[: len(TISSUES)] = torch.tensor([T1[name] for name in TISSUES], device=dice.device)
+    means[: len(TISSUES)] = torch.tensor([values[name] for name in TISSUES], device=dice.device)
     tissue = torch.where(tissue >= OUTSIDE, 0, tissue)
     image = _blended(means[tissue], tissue, grid, 0.3) + 0.03 * (tissue > 0) * _grain(grid, dice)
     image = _blurred(image, 0.5) * _bias_field(grid, 0.03, (80.0, 80.0), dice)

@@ -24,10 +24,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 import data_download
+from regteach.data.cohort import SPLITS, Cohort
 from regteach.grid import Grid
 
 SIDE = 28
-SPLITS = ("train", "validation", "test")
 SPLIT_SEED = 0
 THRESHOLD = 0.5  # of a digit's foreground
 
@@ -110,6 +110,48 @@ def load_digits() -> Digits:
     """
     images, labels = _read_csv(data_download.locate("mnist-5k", "mnist_5k.csv.gz"))
     return Digits(images, labels, _stratified(labels, SPLIT_SEED, {"validation": 0.1, "test": 0.1}))
+
+
+def load_digit_pairs(
+    train: int = 20_000, validation: int = 500, test: int = 500, seed: int = 0, digits: Digits | None = None
+) -> Cohort:
+    """Pairs of different images of the same digit as a cohort: "people" are images, the structure is the digit itself.
+
+    A digit may have several writers' hands in one split, and one writer's in several: MNIST does not say whose they
+    are. No image is in two splits.
+
+    Args:
+        train: number of training pairs, at random among all there are (1.6 million).
+        validation: number of validation pairs.
+        test: number of test pairs.
+        seed: of the choice of pairs; each split's pairs depend on it and on their own number only.
+        digits: the images; those of :func:`load_digits` where left out.
+
+    Returns:
+        A cohort whose pairs are :meth:`Digits.same_class_pairs`; labels are the foreground, grey value above 0.5.
+
+    Raises:
+        FileNotFoundError: if the digits have not been fetched; the message has the command.
+        ValueError: if a split has fewer such pairs than asked for.
+    """
+    digits = load_digits() if digits is None else digits
+    foreground = segment(digits.images)
+    pairs = {}
+    for split, count in {"train": train, "validation": validation, "test": test}.items():
+        moving, fixed = digits.same_class_pairs(split, seed, count)
+        pairs[split] = tuple(zip(moving.tolist(), fixed.tolist(), strict=True))
+    return Cohort(
+        name="digits",
+        images=digits.images,
+        soi=foreground.float(),
+        labels=foreground[:, 0].long(),
+        grid=digits.grid,
+        people=tuple(f"{label} ({number})" for number, label in enumerate(digits.labels.tolist())),
+        structures={1: "digit"},
+        splits={split: tuple(digits.split(split).tolist()) for split in SPLITS},
+        origin="Real handwritten digits (MNIST), two different images of the same digit a pair.",
+        given_pairs=pairs,
+    )
 
 
 def load_full_mnist() -> Digits:

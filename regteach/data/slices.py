@@ -9,17 +9,21 @@ in the same way. Along axis 0, which runs to the right, that agrees with the lab
 indices. Along axis 1 the header is wrong: the axis runs to the back, not to the front (the frontal labels, 1027, have
 lower indices than the occipital ones, 1011). It makes no difference to registration: all slices are alike in it.
 
+Without a download there are six slices of six more people, without labels: :func:`load_unlabelled_slices`.
+
 People are few, so a result on one split says little: :func:`slice_folds` tests on everybody in turn.
 
 Sources: Klein, Tourville, 101 labeled brain images and a consistent human cortical labeling protocol, Front Neurosci 6,
-2012; Marcus et al., OASIS, J Cogn Neurosci 19, 2007.
+2012; Marcus et al., OASIS, J Cogn Neurosci 19, 2007; Tustison et al., The ANTsX ecosystem, Sci Rep 11, 2021 (the six).
 """
 
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
+from scipy import ndimage
 from torch import Tensor
 
 import data_download
@@ -34,6 +38,8 @@ STRUCTURES = {1: "left cortex", 2: "right cortex"}
 PER_STRUCTURE = 1000  # label 1005 is region 5 of the left, 2005 of the right
 NAME = re.compile(r"OASIS-TRT-20-(\d+)(_DKT31_CMA_labels)?_slice(\d+)\.nii\.gz")
 DEAL = ("train",) * 4 + ("validation", "test")
+UNLABELLED = (16, 27, 30, 62, 64, 85)
+BACKGROUND = 10  # grey values (of 255) up to this are background: JPEG leaves traces around the brain
 
 
 def load_slices(split_seed: int = 0, shape: Sequence[int] = SHAPE) -> Cohort:
@@ -69,6 +75,42 @@ def load_slices(split_seed: int = 0, shape: Sequence[int] = SHAPE) -> Cohort:
         structures=STRUCTURES,
         splits={split: tuple(i for i, part in enumerate(parts) if part == split) for split in SPLITS},
         origin="Real T1 MRI, one axial slice a person, with cortical labels edited by hand (Mindboggle, OASIS-TRT-20).",
+    )
+
+
+def load_unlabelled_slices(split_seed: int = 0, shape: Sequence[int] = SHAPE) -> Cohort:
+    """Six axial T1 slices of six people, brain-extracted, without labels: four to train, one to validate, one to test.
+
+    The one structure is the brain, from the image itself (the largest piece above a grey value, holes filled), so an
+    overlap says no more than whether outlines agree. For more, deform them by a known transform (:mod:`large`), or use
+    :func:`slice_folds` to test on everybody in turn.
+
+    Axis 0 runs along the picture's rows of pixels, from its left to its right, axis 1 upwards (to the front). Which
+    side of the picture is the left side of the person is not known. The files give no size either: a pixel is taken as
+    1 mm, which makes the brains 161 to 178 mm long. Each brain is put into the middle of the grid.
+
+    Args:
+        split_seed: of the split.
+        shape: pixels of the grid; a brain has to fit into it.
+
+    Raises:
+        FileNotFoundError: if a slice has not been fetched; the message has the command.
+        ValueError: if a file is no grey JPEG, shows no brain, or does not fit the grid.
+    """
+    shape = tuple(shape)
+    read = [_read_unlabelled(data_download.locate("t1-slices", f"r{number}slice.jpg"), shape) for number in UNLABELLED]
+    brains = torch.stack([brain for _, brain in read])
+    parts = [dealt(k, split_seed, DEAL) for k in range(1, len(UNLABELLED) + 1)]
+    return Cohort(
+        name="unlabelled-slices",
+        images=torch.cat([image for image, _ in read]),
+        soi=brains[:, None].float(),
+        labels=brains.long(),
+        grid=Grid(shape),
+        people=tuple(f"r{number}" for number in UNLABELLED),
+        structures={1: "brain"},
+        splits={split: tuple(i for i, part in enumerate(parts) if part == split) for split in SPLITS},
+        origin="Real T1 MRI, one axial slice a person, without labels (example data of ANTs).",
     )
 
 
@@ -145,3 +187,27 @@ def _read(image_path: Path, labels_path: Path, shape: Sequence[int]) -> tuple[Te
         raise ValueError(f"{image_path.name} does not fit into a grid of {tuple(shape)}: brain would be cut off.")
     origin = tuple(o - b * h for o, b, h in zip(image.grid.origin, before, image.grid.spacing, strict=True))
     return placed, placed_labels, Grid(tuple(shape), image.grid.spacing, origin)
+
+
+def _read_unlabelled(path: Path, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Image ``1 1 *grid`` in [0, 1], 0 outside the brain, and the brain ``*grid``."""
+    from matplotlib.image import imread  # slow to import, and needed for these files only
+
+    try:
+        picture = np.asarray(imread(path))
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"{path} is not a whole JPEG image ({error}): fetch t1-slices again.") from None
+    if picture.ndim != 2:
+        raise ValueError(f"{path.name} is not a grey image: its shape is {picture.shape}.")
+    grey = np.ascontiguousarray(picture.T[:, ::-1])  # rows run downwards: now axis 1 runs upwards
+    pieces, count = ndimage.label(grey > BACKGROUND)
+    if not count:
+        raise ValueError(f"{path.name} shows no brain: no grey value is above {BACKGROUND}.")
+    largest = 1 + int(np.argmax(np.bincount(pieces.reshape(-1))[1:]))
+    brain = ndimage.binary_fill_holes(pieces == largest)
+    box = ndimage.find_objects(brain.astype(np.uint8))[0]
+    if any(n > m for n, m in zip(brain[box].shape, shape, strict=True)):
+        raise ValueError(f"{path.name} holds a brain of {brain[box].shape} pixels, which do not fit into {shape}.")
+    alone = torch.from_numpy(np.where(brain, grey, 0)[box].astype(np.float32))
+    image, _ = centred(normalised(alone[None, None]), shape)
+    return image, centred(torch.from_numpy(brain[box]), shape)[0]

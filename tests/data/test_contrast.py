@@ -241,3 +241,14 @@ def test_tissue_numbers() -> None:
     assert list(TISSUES.values()) == list(range(len(TISSUES)))
     assert set(T1) == set(TISSUES)
     assert len(TISSUES) == OUTSIDE
+
+
+def test_other_values_give_another_contrast() -> None:
+    upside_down = {name: 0.0 if name == "background" else 1.2 - value for name, value in T1.items()}
+    first = t1_like(phantom(), GRID, generator())[0, 0]
+    other = t1_like(phantom(), GRID, generator(), upside_down)[0, 0]
+    inside = phantom()[0] == TISSUES["white matter"]
+    fluid = phantom()[0] == TISSUES["csf"]
+    assert first[inside].mean() > first[fluid].mean() + 0.3
+    assert other[fluid].mean() > other[inside].mean() + 0.3
+    assert torch.equal(t1_like(phantom(), GRID, generator(), T1)[0, 0], first)

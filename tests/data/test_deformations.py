@@ -7,17 +7,15 @@ import pytest
 import torch
 from scipy import stats
 from scipy.interpolate import RegularGridInterpolator
-from truths.fields import jacobian_by_autograd, one_sentence, points_inside
+from truths.fields import jacobian_by_autograd, one_sentence, points_inside, positions
 
-from regteach.affine import Affine, AffineBounds
+from regteach.affine import AffineBounds
 from regteach.data.deformations import (
-    FAMILIES,
     OCTAVES,
-    RANGES,
     SAFE_AMPLITUDE,
     brownian,
     composed,
-    family,
+    fractal,
     random_affine,
     random_smooth,
 )
@@ -38,7 +36,7 @@ MAKERS = {
     "fold free": lambda grid, generator, **more: random_smooth(grid, 4.0, 8.0, generator, fold_free=True, **more),
     "brownian": lambda grid, generator, **more: brownian(grid, 0.1, generator, **more),
     "composed": lambda grid, generator, **more: composed(grid, BOUNDS, 4.0, 1.0, generator, **more),
-    "all": lambda grid, generator, **more: family("all", "medium", grid, generator, **more),
+    "fractal": lambda grid, generator, **more: fractal(grid, 0.3, generator, **more),
 }
 
 
@@ -84,7 +82,7 @@ def test_like_gives_the_dtype_and_not_other_numbers(grid, name):
     torch.testing.assert_close(MAKERS[name](grid, seeded())(points.float()).double(), double, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["brownian", "affine", "all"])
+@pytest.mark.parametrize("name", ["brownian", "affine", "fractal"])
 def test_the_truth_does_not_depend_on_the_sampling_of_the_image(grid, name):
     finer = grid.resized(tuple(3 * n for n in grid.shape))
     points = points_inside(grid, 50)
@@ -201,7 +199,63 @@ def test_brownian_needs_octaves_of_two_nodes(grid, octaves):
     assert one_sentence(caught.value, str(octaves))
 
 
-# Composed and families
+# Fractal
+
+
+def test_fractal_is_one_spline_over_the_faces_of_the_image(grid):
+    transform = fractal(grid, 0.2, seeded(), batch=3)
+    assert isinstance(transform, FreeForm)
+    assert transform.coefficients.shape == (3, *(15,) * grid.dim, grid.dim)
+    for k in range(grid.dim):
+        assert transform.grid.spacing[k] == pytest.approx(grid.extent[k] / 12)
+        assert transform.grid.origin[k] + transform.grid.spacing[k] == pytest.approx(
+            grid.origin[k] - grid.spacing[k] / 2
+        )
+
+
+def test_fractal_is_the_sum_of_its_octaves_each_half_as_large(grid):
+    transform = fractal(grid, 0.1, seeded(), octaves=(2, 4), like=F64)
+    generator = seeded()
+    ctrl = transform.grid
+    targets = positions(ctrl)
+    expected = np.zeros((*ctrl.shape, grid.dim))
+    for octave, nodes in enumerate((2, 4)):
+        noise = 2 * torch.rand((1, grid.dim, *(nodes + 3,) * grid.dim), generator=generator).double() - 1
+        step = np.array(grid.extent) / nodes
+        first = np.array(grid.origin) - np.array(grid.spacing) / 2 - step
+        axes = tuple(f + s * np.arange(nodes + 3) for f, s in zip(first, step, strict=True))
+        for k in range(grid.dim):
+            values = RegularGridInterpolator(axes, noise[0, k].numpy(), bounds_error=False, fill_value=None)(targets)
+            expected[..., k] += values / 2**octave / 1.5 * 0.1 * grid.extent[k] / 2
+    np.testing.assert_allclose(transform.coefficients[0], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("amplitude", [0.1, 0.375, 0.8])
+def test_fractal_never_folds_and_stays_within_its_amplitude(grid, amplitude):
+    transform = fractal(grid, amplitude, seeded(), batch=4, like=F64)
+    assert part_that_folds(transform, grid, 2000) == 0
+    for k in range(grid.dim):
+        assert displacement(transform, grid)[..., k].abs().max() <= amplitude * grid.extent[k] / 2
+
+
+def test_fractal_is_shrunk_as_a_whole_and_only_where_it_must_be(grid):
+    quiet, wild = (fractal(grid, a, seeded(), batch=8, like=F64).coefficients.flatten(1) for a in (0.05, 0.4))
+    factor = wild / quiet
+    torch.testing.assert_close(factor, factor[:, :1].expand_as(factor), rtol=1e-6, atol=0)
+    steps = (factor[:, 0] / 8).log() / math.log(0.9)  # eight times as large, then steps of a tenth
+    torch.testing.assert_close(steps, steps.round(), rtol=0, atol=1e-5)
+    assert steps.min() >= 0
+    assert steps.max() >= 1
+
+
+@pytest.mark.parametrize("octaves", [(), (0, 3), (6, 3), (3, 3)])
+def test_fractal_needs_rising_octaves(grid, octaves):
+    with pytest.raises(ValueError) as caught:
+        fractal(grid, 0.1, seeded(), octaves=octaves)
+    assert one_sentence(caught.value, str(octaves))
+
+
+# Composed
 
 
 def test_composed_is_smooth_first_and_then_affine(grid):
@@ -212,60 +266,3 @@ def test_composed_is_smooth_first_and_then_affine(grid):
     affine = random_affine(grid, BOUNDS, generator)
     points = points_inside(grid, 20, dtype=torch.float32)
     assert torch.equal(both(points), affine(smooth(points)))
-
-
-def test_the_five_families_and_three_ranges_are_there():
-    assert list(FAMILIES) == ["brownian", "rotation", "scaling", "translation", "all"]
-    assert list(RANGES) == ["small", "medium", "large"]
-
-
-@pytest.mark.parametrize("size", RANGES)
-@pytest.mark.parametrize("name", FAMILIES)
-def test_each_family_has_its_parts_and_no_others(grid, name, size):
-    transform = family(name, size, grid, seeded(), batch=16)
-    *affines, _, _, _ = transform.transforms
-    assert all(isinstance(part, Dense) for part in transform.transforms[-3:])
-    if name == "brownian":
-        assert not affines
-        return
-    (affine,) = affines
-    assert isinstance(affine, Affine)
-    limit, unit = RANGES[size], torch.eye(grid.dim).expand(16, -1, -1)
-    reach = limit.translation * min(grid.extent) / 2
-    if name in ("translation", "all"):
-        assert 0.8 * reach < affine.translation.abs().max() <= reach
-    else:
-        assert affine.translation.abs().max() == 0
-    stretch = torch.linalg.svdvals(affine.matrix)
-    if name in ("scaling", "all"):
-        assert 1 + 0.8 * (limit.scale_ratio - 1) < stretch.max() <= limit.scale_ratio * (1 + 1e-5)
-        assert stretch.min() >= (1 - 1e-5) / limit.scale_ratio
-    else:
-        torch.testing.assert_close(stretch, torch.ones_like(stretch))
-    turned = (affine.matrix - affine.matrix.mT).abs().max()
-    assert turned > 0.1 if name in ("rotation", "all") else turned < 1e-6
-    if name == "translation":
-        torch.testing.assert_close(affine.matrix, unit.contiguous())
-    assert torch.linalg.det(affine.matrix).min() > 0
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_a_larger_range_moves_further(grid, name):
-    moved = [displacement(family(name, size, grid, seeded(), batch=6), grid).norm(dim=-1).mean() for size in RANGES]
-    assert moved[1] > 1.5 * moved[0]
-    assert moved[2] > 1.3 * moved[1]
-
-
-@pytest.mark.parametrize(
-    ("name", "size", "near"),
-    [
-        ("rotations", "small", "rotation"),
-        ("brown", "small", "brownian"),
-        ("all", "huge", "large"),
-        ("all", "smal", "small"),
-    ],
-)
-def test_an_unknown_name_gets_the_nearest(grid, name, size, near):
-    with pytest.raises(ValueError) as caught:
-        family(name, size, grid, seeded())
-    assert one_sentence(caught.value, repr(near))

@@ -12,7 +12,7 @@ import torch
 
 import data_download
 from regteach.data import digits as module
-from regteach.data.digits import SPLITS, Digits, load_digits, load_full_mnist, segment
+from regteach.data.digits import SPLITS, Digits, load_digit_pairs, load_digits, load_full_mnist, segment
 from regteach.grid import Grid
 
 PINNED = [18, 19, 27, 39, 75, 83, 84, 85]
@@ -233,3 +233,44 @@ def test_torchvision_is_not_imported_for_the_small_set() -> None:
     source = Path(module.__file__).read_text()
     assert source.count("torchvision import") == 1
     assert "    from torchvision import datasets" in source  # inside a function
+
+
+# As a cohort
+
+
+def test_pairs_of_the_cohort_show_the_same_digit_twice(small: Digits) -> None:
+    cohort = load_digit_pairs(300, 15, 10, seed=2)
+    assert {split: len(cohort.pairs(split)) for split in SPLITS} == {"train": 300, "validation": 15, "test": 10}
+    for split in SPLITS:
+        for moving, fixed in cohort.pairs(split):
+            assert moving != fixed
+            assert small.labels[moving] == small.labels[fixed]
+            assert {moving, fixed} <= set(small.split(split).tolist())
+        assert len(set(cohort.pairs(split))) == len(cohort.pairs(split))
+    assert len({small.labels[m].item() for m, _ in cohort.pairs("train")}) == 10
+
+
+def test_images_are_the_people_of_the_cohort_and_half_intensity_is_the_structure(small: Digits) -> None:
+    cohort = load_digit_pairs(10, 5, 5)
+    assert len(set(cohort.people)) == len(cohort) == len(small.images)
+    members = [set(cohort.splits[split]) for split in SPLITS]
+    assert sum(map(len, members)) == len(set().union(*members)) == 200
+    assert torch.equal(cohort.labels, (small.images[:, 0] > 0.5).long())
+    assert torch.equal(cohort.soi[:, 0], cohort.labels.float())
+    assert dict(cohort.structures) == {1: "digit"}
+
+
+def test_the_seed_fixes_the_pairs_and_splits_do_not_depend_on_each_other(small: Digits) -> None:
+    first, other_sizes, other_seed = (
+        load_digit_pairs(50, 5, 5),
+        load_digit_pairs(10, 5, 5),
+        load_digit_pairs(50, 5, 5, 1),
+    )
+    assert first.pairs("test") == other_sizes.pairs("test")
+    assert first.pairs("train") == load_digit_pairs(50, 5, 5, digits=small).pairs("train")
+    assert first.pairs("train") != other_seed.pairs("train")
+
+
+def test_more_pairs_than_there_are_is_an_error(small: Digits) -> None:
+    with pytest.raises(ValueError, match="test split has 20 such pairs, but 21"):
+        load_digit_pairs(10, 5, 21)

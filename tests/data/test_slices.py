@@ -12,7 +12,7 @@ import torch
 
 import data_download
 from regteach.data.cohort import SPLITS, Cohort
-from regteach.data.slices import load_slices, slice_folds
+from regteach.data.slices import UNLABELLED, load_slices, load_unlabelled_slices, slice_folds
 from regteach.grid import Grid
 from regteach.metrics import dice, mean_over_labels
 
@@ -276,7 +276,7 @@ def mean_dice(labels: torch.Tensor, pairs: list[tuple[int, int]]) -> float:
 @pytest.mark.skipif(not HERE, reason="oasis-trt-slices is not fetched: python -m data_download oasis-trt-slices")
 def test_the_real_slices() -> None:
     cohort = load_slices()
-    assert cohort.images.shape[1:] == (1, 224, 304)
+    assert cohort.images.shape[1:] == (1, 160, 208)
     people = range(len(cohort))
     for image, labels in zip(cohort.images[:, 0], cohort.labels, strict=True):
         assert (image[labels > 0] > 0).float().mean() > 0.97  # cortex lies in the brain
@@ -294,3 +294,84 @@ def test_the_real_slices() -> None:
     small = load_slices(shape=(160, 208))
     assert torch.equal(small.labels.sum((1, 2)), cohort.labels.sum((1, 2)))
     assert mean_dice(small.labels, pairs[:5]) == pytest.approx(mean_dice(cohort.labels, pairs[:5]), abs=1e-6)
+
+
+# The six without labels
+
+
+def ellipse(person: int) -> np.ndarray:
+    """A picture, rows downwards: a brain of known outline with a dark hole in it, a bright front, and a stray piece."""
+    row, column = np.mgrid[0:64, 0:56]
+    radius = ((row - 30 - person % 5) / (20 + person % 3)) ** 2 + ((column - 25) / 14) ** 2
+    picture = np.where(radius < 1, 120 + column, 0)
+    picture[(radius < 1) & (row < 20)] = 240
+    picture[(row - 35) ** 2 + (column - 25) ** 2 < 9] = 0
+    picture[2:4, 50:53] = 200
+    return picture.astype(np.uint8)
+
+
+def write_pictures(root: Path) -> Path:
+    from PIL import Image
+
+    folder = root / "t1_slices"
+    folder.mkdir(parents=True)
+    for person in UNLABELLED:
+        Image.fromarray(ellipse(person)).save(folder / f"r{person}slice.jpg", quality=95)
+    return folder
+
+
+def test_the_brain_is_cut_out_turned_upright_and_put_into_the_middle(root: Path) -> None:
+    write_pictures(root)
+    cohort = load_unlabelled_slices(shape=(48, 64))
+    assert cohort.images.shape == (6, 1, 48, 64)
+    assert cohort.grid == Grid((48, 64))
+    assert cohort.people == ("r16", "r27", "r30", "r62", "r64", "r85")
+    for image, brain in zip(cohort.images[:, 0], cohort.labels, strict=True):
+        assert torch.equal(image > 0, (image > 0) & (brain > 0))
+        columns, rows = (brain.any(axis).nonzero()[:, 0] for axis in (1, 0))
+        for where, n in ((columns, 48), (rows, 64)):
+            assert abs(int(where[0]) - (n - 1 - int(where[-1]))) <= 1  # in the middle
+        assert len(columns) < 30  # the stray piece is gone
+        assert brain[int(columns.float().mean()), int(rows.float().mean())] == 1  # and the hole belongs to the brain
+        front, back = rows[-1] - 4, rows[0] + 4
+        middle = int(columns.float().mean())
+        assert image[middle, front] > image[middle, back] > 0  # the bright rows are above
+    assert brain[0].sum() == 0
+
+
+def test_six_people_are_dealt_out(root: Path) -> None:
+    write_pictures(root)
+    cohort = load_unlabelled_slices(shape=(48, 64))
+    assert [len(cohort.splits[split]) for split in SPLITS] == [4, 1, 1]
+    assert len({i for split in SPLITS for i in cohort.splits[split]}) == 6
+    tested = [fold["test"] for fold in slice_folds(cohort, size=1)]
+    assert sorted(i for fold in tested for i in fold) == list(range(6))
+
+
+@pytest.mark.parametrize("kind", ["cut short", "colour", "black", "too large", "absent"])
+def test_a_planted_error_in_a_picture_gives_one_sentence(root: Path, kind: str) -> None:
+    from PIL import Image
+
+    folder, shape = write_pictures(root), (48, 64)
+    path = folder / "r30slice.jpg"
+    words, error = {
+        "cut short": ("not a whole JPEG", ValueError),
+        "colour": ("not a grey image", ValueError),
+        "black": ("shows no brain", ValueError),
+        "too large": ("do not fit into (48, 20)", ValueError),
+        "absent": ("t1-slices", FileNotFoundError),
+    }[kind]
+    if kind == "cut short":
+        path.write_bytes(path.read_bytes()[:60])
+    elif kind == "colour":
+        Image.fromarray(np.dstack([ellipse(30), ellipse(16), ellipse(30)])).save(path)
+    elif kind == "black":
+        Image.fromarray(np.zeros((64, 56), np.uint8)).save(path)
+    elif kind == "too large":
+        shape = (48, 20)
+    else:
+        path.unlink()
+    with pytest.raises(error) as caught:
+        load_unlabelled_slices(shape=shape)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
