@@ -11,9 +11,11 @@ from functools import cache, partial
 
 from regteach import objectives
 from regteach.affine import AffineBounds
+from regteach.checkpoints import Config
 from regteach.data.augment import Augmentation
 from regteach.data.cohort import Cohort, joined
 from regteach.grid import Grid
+from regteach.nets.georeg import GeoRegConfig
 from regteach.nets.istn import AffineStage, ISTNConfig, SplineStage, Stage
 from regteach.refinement import Refinement
 from regteach.training import Settings
@@ -86,6 +88,36 @@ def _brains() -> Cohort:
     return replace(both, synthesis=partial(synthesise, config=Contrast(t1_like=0.7)))
 
 
+def _digits() -> Cohort:
+    from regteach.data.digits import load_digit_pairs
+
+    return load_digit_pairs()
+
+
+def _unlabelled_slices() -> Cohort:
+    from regteach.data.slices import load_unlabelled_slices
+
+    return load_unlabelled_slices()
+
+
+def _retina() -> Cohort:
+    from regteach.data.retina import generate_retina
+
+    return generate_retina()
+
+
+def _brains_t1t2() -> Cohort:
+    from regteach.data.modalities import two_contrasts
+
+    return two_contrasts(_brains())
+
+
+def _mni_t1t2() -> Cohort:
+    from regteach.data.modalities import load_mni_contrasts
+
+    return load_mni_contrasts()
+
+
 COHORTS: dict[str, Callable[[], Cohort]] = {
     "trees": lambda: _tree_cohort("segmentation"),
     "tree-landmarks": lambda: _tree_cohort("landmarks"),
@@ -95,6 +127,11 @@ COHORTS: dict[str, Callable[[], Cohort]] = {
     "donors": lambda: _donors(3.0, (64, 64, 64)),
     "brains": _brains,
     "donors-2mm": lambda: _donors(2.0, (96, 112, 96)),
+    "digits": _digits,
+    "unlabelled-slices": _unlabelled_slices,
+    "retina": _retina,
+    "brains-t1t2": _brains_t1t2,
+    "mni-t1t2": _mni_t1t2,
 }
 
 
@@ -121,6 +158,8 @@ SLICES = Grid((160, 208))
 HIPPOCAMPUS = Grid((48, 64, 48))
 DONORS = Grid((64, 64, 64), (3.0,))
 BRAINS = Grid((64, 72, 64), (2.0,))
+DIGITS = Grid((28, 28))
+RETINA = Grid((160, 192), (0.0078, 0.030))
 
 # How far people differ, after their images have been brought roughly into place.
 PEOPLE = AffineBounds(translation_mm=16.0, rotation_deg=30.0, scale_ratio=1.4, stretch_axes_deg=45.0, shear_ratio=0.2)
@@ -241,6 +280,56 @@ def _shipped() -> list[Recipe]:
     ]
 
 
+def _georeg() -> list[Recipe]:
+    """Learned from the images alone; labels are for measuring."""
+    brain = GeoRegConfig(BRAINS, (8, 16, 32, 64), (0, 3, 3, 3), (2, 3, 3), (0, 1, 2, 2), similarity="local_ncc")
+    people = Recipe(
+        "georeg-brains",
+        "brains",
+        "unsupervised",
+        brain,
+        replace(FAST, steps=1500, batch=1, validate_every=100),
+        Augmentation(3.0, 6.0, 1.06, 0.03, 2.0, 24.0, gamma=0.2, noise=0.02),
+        bending=1.0,
+        refinement=Refinement(50, rate=0.1, bending=1.0),
+    )
+    return [
+        Recipe(
+            "georeg-digits",
+            "digits",
+            "unsupervised",
+            GeoRegConfig(DIGITS, (16, 32, 64), (3, 3, 3), (3, 3)),
+            Settings(steps=1000, batch=16, rate=2e-3, warmup=30, decay=True, validate_every=100),
+            bending=0.3,
+            refinement=Refinement(50, rate=0.05, bending=0.3),
+        ),
+        replace(
+            people,
+            name="georeg-hippocampus",
+            data="hippocampus",
+            config=replace(brain, grid=HIPPOCAMPUS),
+            settings=replace(FAST, steps=700, batch=2, validate_every=50),
+            augmentation=Augmentation(2.0, 8.0, 1.08, 0.04, 1.5, 16.0, gamma=0.3, noise=0.02),
+        ),
+        people,
+        replace(
+            people,
+            name="georeg-brains-t1t2",
+            data="brains-t1t2",
+            config=replace(brain, encoders=2, similarity="mutual_information"),
+        ),
+        Recipe(
+            "georeg-retina",
+            "retina",
+            "unsupervised",
+            GeoRegConfig(RETINA, (8, 16, 32, 32, 64), (0, 3, 3, 3, 3), (2, 3, 3, 3)),
+            Settings(steps=600, batch=4, rate=1e-3, warmup=30, decay=True, precision="bf16", validate_every=50),
+            bending=1e-5,
+            refinement=Refinement(50, rate=5e-4, bending=1e-5),
+        ),
+    ]
+
+
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
@@ -248,6 +337,7 @@ RECIPES: dict[str, Recipe] = {
         *_people("istn-hippocampus", "hippocampus", HIPPOCAMPUS, 2, 600, (12.0, 6.0)),
         *_people("istn-donors", "donors", DONORS, 14, 600, (18.0, 9.0)),
         *_shipped(),
+        *_georeg(),
     )
 }
 
