@@ -324,8 +324,8 @@ def _georeg() -> list[Recipe]:
             "unsupervised",
             GeoRegConfig(RETINA, (8, 16, 32, 32, 64), (0, 3, 3, 3, 3), (2, 3, 3, 3)),
             Settings(steps=600, batch=4, rate=1e-3, warmup=30, decay=True, precision="bf16", validate_every=50),
-            bending=1e-5,
-            refinement=Refinement(50, rate=5e-4, bending=1e-5),
+            bending=1e-4,
+            refinement=Refinement(50, rate=5e-4, bending=1e-4),
         ),
     ]
 
