@@ -24,11 +24,12 @@ import torch
 from benchmarks.harness import hardware
 from benchmarks.tables import mean, spread
 from regteach import metrics
+from regteach.checkpoints import Config, network
 from regteach.data.cohort import Cohort, one_hot
 from regteach.evaluation import figures_of, pairs_to_test
 from regteach.grid import Grid
 from regteach.nets.blocks import fast_layout
-from regteach.nets.istn import ISTN, ISTNConfig
+from regteach.nets.istn import ISTNConfig
 from regteach.recipes import RECIPES, Recipe, find_recipe, load_cohort
 from regteach.refinement import Refinement, refine
 from regteach.result import Result
@@ -124,10 +125,10 @@ def ceiling(refinement: Refinement, quick: bool, steps: int = CEILING_STEPS) -> 
     return replace(refinement, steps=3 if quick else steps, mode="parameters", focus_mm=0.0, coarsen=1)
 
 
-def untrained(config: ISTNConfig) -> Any:
+def untrained(config: Config) -> Any:
     """A network that predicts the identity: what the ceiling starts from, and what times are measured on."""
     torch.manual_seed(0)
-    return fast_layout(ISTN(config), config.grid.dim).eval()
+    return fast_layout(network(config), config.grid.dim).eval()
 
 
 # ---- what is measured ----
@@ -257,13 +258,15 @@ def stand_in(grid: Grid, people: int = 8) -> Cohort:
 
 def small(recipe: Recipe, cohort: Cohort) -> Recipe:
     """The same recipe on a stand-in: a narrow network, two steps."""
-    widths = (4, 8)
+    widths, given = (4, 8), recipe.config
+    if not isinstance(given, ISTNConfig):
+        raise TypeError("Stand-ins are made for recipes of an ISTN.")
     config = replace(
-        recipe.config,
+        given,
         grid=cohort.grid,
-        stages=tuple(replace(stage, widths=widths) for stage in recipe.config.stages),
+        stages=tuple(replace(stage, widths=widths) for stage in given.stages),
         structures=len(cohort.structures),
-        itn=widths if recipe.config.itn else (),
+        itn=widths if given.itn else (),
     )
     return replace(
         recipe,

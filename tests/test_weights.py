@@ -49,6 +49,12 @@ def cohort_of(name: str) -> Cohort:
         pytest.skip(f"the data of {name} ({data}) are not here: {error}")
 
 
+def one_voxel(cohort: Cohort, image: int) -> float:
+    """How much the mean Dice changes when one voxel of the smallest structure turns over: a digit has a hundred."""
+    sizes = [int((cohort.labels[image] == label).sum()) for label in cohort.structures]
+    return 1 / (min(size for size in sizes if size) * len(sizes))
+
+
 def candidates(cohort: Cohort, moving: str, fixed: str, card: dict, number: int) -> list[tuple[int, int]]:
     """Indices of a pair that the card names; with other people here than then, all images of those two people."""
     people = {split: len({cohort.people[i] for i in members}) for split, members in cohort.splits.items()}
@@ -104,7 +110,8 @@ def test_the_figures_of_the_first_pairs_come_out_again(name: str) -> None:
         for key, refinement in (("one_pass", None), ("refined", model.refinement)):
             rows = measure(model.network, cohort, options, refinement=refinement)[1]
             closest = min(abs(row.dice - pair[key]) for row in rows)
-            assert closest <= TOLERANCE[key], (number, key, [row.dice for row in rows], pair[key])
+            allowed = max(TOLERANCE[key], one_voxel(cohort, options[0][1]))
+            assert closest <= allowed, (number, key, [row.dice for row in rows], pair[key])
         before = max(figures_of(cohort, *option, Identity(cohort.grid.dim)).dice for option in options)
         gains.append(abs(before - pair["refined"]))
     assert max(gains) > TOLERANCE["refined"]  # unregistered pairs would not pass
