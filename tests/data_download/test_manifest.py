@@ -85,7 +85,7 @@ def test_names_of_archives_and_folders_are_unique() -> None:
 
 def test_set_up_fetches_little() -> None:
     small = [entry for entry in ALL if entry.embedded]
-    assert {entry.name for entry in small} == {"mnist-5k", "mni152"}
+    assert {entry.name for entry in small} == {"mnist-5k", "mni152", "allen-donors"}
     assert all(entry.verified for entry in small)
     assert sum(entry.size for entry in small) < 20e6
 
