@@ -2,7 +2,7 @@
 
     python -m benchmarks.istn_stress [--quick] [--json FILE] [--parts pairs structures ...] [--sizes 1 2 5 10 20 40 80]
 
-What the reviewers of the ISTN paper asked for. Five parts on trees of our own generator (64 x 64 pixels, the network of
+How far a result can be trusted. Five parts on trees of our own generator (64 x 64 pixels, the network of
 lesson 04), which need no data, and one on the hippocampus model that ships, which is not trained here:
 
 - ``pairs``: the number of training pairs, one pass and refined. Nested random choices of 80 pairs, by seed; the same
