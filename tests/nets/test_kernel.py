@@ -421,10 +421,11 @@ def test_additions_with_features() -> None:
 
 
 def test_an_addition_that_brings_the_taper_in_changes_every_voxel() -> None:
-    """K keypoints are not tapered, K + 1 are."""
-    kernel, keypoints, values, grid, fixed, moving = added_case(2)
+    """K keypoints are not tapered, K + 1 are; the new one lies outside, so that it is not everywhere among the K."""
+    kernel, keypoints, values, grid, fixed, _ = added_case(2)
     before = kernel.reconstruction(keypoints[:8], values[:8])
-    after, updated = before.added(fixed[:1], moving[:1], kernel, before.on(grid).detach(), grid)
+    fixed = torch.full_like(fixed[:1], -30.0)
+    after, updated = before.added(fixed, fixed + 2, kernel, before.on(grid).detach(), grid)
     torch.testing.assert_close(updated, after.on(grid), atol=1e-5, rtol=0)
 
 
