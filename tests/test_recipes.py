@@ -16,6 +16,7 @@ from truths.phantoms import ball
 
 from regteach import objectives, recipes, runs
 from regteach.affine import AffineBounds
+from regteach.checkpoints import network
 from regteach.data.augment import Augmentation
 from regteach.data.cohort import Cohort, one_hot
 from regteach.data.deformations import random_smooth
@@ -390,7 +391,7 @@ def test_every_recipe_can_be_built() -> None:
         assert find_recipe(name) is recipe
         assert recipe.data in recipes.COHORTS
         assert recipe.variant in objectives.ISTN
-        assert isinstance(ISTN(recipe.config), nn.Module)
+        assert isinstance(network(recipe.config), nn.Module)
 
 
 @pytest.mark.parametrize("variant", objectives.ISTN)
