@@ -30,7 +30,7 @@ from regteach.grid import Grid
 from regteach.result import Result, Step, after_each, assemble, composed
 from regteach.sampling import warp
 from regteach.similarity import dissimilarity
-from regteach.transforms import Dense, FreeForm, Transform, displacement
+from regteach.transforms import Dense, FreeForm, Transform, Velocity, displacement
 
 Terms = dict[str, Float[Tensor, "b"]]
 LEVELS = 4  # of the pyramid
@@ -196,7 +196,8 @@ def multiscale(
         level = (grid.shape[0] // own.shape[0]).bit_length() - 1
         moving, fixed = (averaged(image, 2**level) for image in result.features)
         errors.append(compare(warp(moving, found, own), fixed))
-        energies.append(regularity.bending_energy(displacement(found, own), own))
+        if bending:
+            energies.append(regularity.bending_energy(displacement(found, own), own))
         given.append(float(weights[level]) if weights else 1.0)
     shares = torch.tensor(given).to(errors[0]) / sum(given)
     terms = {"image": torch.stack(errors, -1) @ shares}
@@ -345,6 +346,6 @@ def averaged(maps: Tensor, factor: int) -> Tensor:
 def _bending(transform: Transform, grid: Grid) -> Float[Tensor, "b"] | None:
     if isinstance(transform, FreeForm):
         return regularity.bending_energy_spline(transform.coefficients, transform.grid, grid)
-    if isinstance(transform, Dense):
-        return regularity.bending_energy(transform.displacement, transform.grid)
+    if isinstance(transform, Dense | Velocity):
+        return regularity.bending_energy(displacement(transform, transform.grid), transform.grid)
     return None

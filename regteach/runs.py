@@ -19,6 +19,7 @@ from regteach.data.augment import augmented
 from regteach.data.cohort import Cohort
 from regteach.evaluation import figures_of, measure, pairs_to_test
 from regteach.nets.blocks import fast_layout
+from regteach.nets.georeg import GeoRegConfig
 from regteach.nets.istn import ISTNConfig, count_parameters
 from regteach.recipes import Recipe, load_cohort
 from regteach.sampling import warp
@@ -74,7 +75,7 @@ class CohortTask:
         result = model(moving, fixed, grid)
         recipe, images, soi = self.recipe, (moving, fixed), (soi_moving, soi_fixed)
         if not isinstance(recipe.config, ISTNConfig):
-            across = getattr(recipe.config, "supervision", "across") == "across"
+            across = not (isinstance(recipe.config, GeoRegConfig) and recipe.config.supervision == "within")
             return objectives.multiscale(result, grid, recipe.config.similarity, recipe.bending, across=across)
         return objectives.istn(recipe.variant, result, images, soi, grid, recipe.bending, recipe.coarsen)
 

@@ -97,6 +97,8 @@ class VoxelMorph(nn.Module):
                     f"The {name} image has the shape {tuple(image.shape)}, but on this grid the network takes "
                     f"a batch x {self.config.channels} x {' x '.join(map(str, grid.shape))}."
                 )
+        if len(moving) != len(fixed):
+            raise ValueError(f"{len(moving)} moving and {len(fixed)} fixed images are not pairs.")
         field = self.out(F.relu(self.unet(torch.cat([moving, fixed], 1)))).float().movedim(1, -1)
         step = Step(field * max(grid.spacing), partial(_built, grid=grid, config=self.config))
         return Result(step.build(step.parameters), (moving, fixed), (step,))

@@ -63,8 +63,6 @@ def test_no_parameter_is_allocated_that_is_never_used(config: GeoRegConfig) -> N
     loss = objectives.total(objectives.multiscale(net(*images(config), config.grid), config.grid)).sum()
     loss.backward()
     unused = [name for name, p in net.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
-    # The coarsest and the finest encoder levels, the attention and the head all take part; only the normalised state of
-    # the last step is read by nobody.
     assert unused == []
 
 

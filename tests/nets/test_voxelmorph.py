@@ -10,6 +10,8 @@ from regteach import objectives
 from regteach.grid import Grid
 from regteach.nets.voxelmorph import VoxelMorph, VoxelMorphConfig
 from regteach.refinement import Refinement, refine
+from regteach.regularity import bending_energy
+from regteach.result import Step
 from regteach.sampling import grid_points
 from regteach.transforms import Dense, Velocity, displacement
 
@@ -65,6 +67,17 @@ def test_it_learns_a_translation_and_refinement_lowers_the_loss() -> None:
     assert refined.curve[-1] < refined.curve[0]
 
 
+def test_a_velocity_pays_for_bending() -> None:
+    grid = GRIDS[0]
+    net = VoxelMorph(VoxelMorphConfig(grid, (8, 8), steps=4))
+    step = net(blob(grid), blob(grid), grid).steps[0]
+    bent = Step(torch.randn(step.parameters.shape, generator=torch.Generator().manual_seed(0)), step.build)
+    field = displacement(bent.build(bent.parameters), grid.coarsened(2))
+    expected = 3.0 * bending_energy(field, grid.coarsened(2))
+    assert expected.min() > 0
+    assert torch.allclose(objectives.regulariser((bent,), grid, 3.0)["bending"], expected)
+
+
 def test_the_configuration_survives_json() -> None:
     config = VoxelMorphConfig(GRIDS[1], (8, 16, 16), 2, steps=3, similarity="local_ncc")
     assert VoxelMorphConfig.from_dict(json.loads(json.dumps(asdict(config)))) == config
@@ -88,5 +101,7 @@ def test_bad_images_are_refused() -> None:
     net = VoxelMorph(VoxelMorphConfig(grid, (8, 8)))
     with pytest.raises(ValueError, match=r"voxels of \(1.0, 1.0\) mm"):
         net(blob(grid), blob(grid), grid.with_spacing((2.0, 2.0)))
+    with pytest.raises(ValueError, match="2 moving and 1 fixed images are not pairs"):
+        net(blob(grid).expand(2, -1, -1, -1), blob(grid), grid)
     with pytest.raises(ValueError, match="The fixed image has the shape"):
         net(blob(grid), blob(Grid((8, 10))), grid)
