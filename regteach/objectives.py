@@ -292,7 +292,7 @@ def refinement(
     return pyramid_mse(warped, fixed, levels, [scale_of(m, f) for m, f in whole])
 
 
-def images(
+def image_refinement(
     features: tuple[Tensor, Tensor],
     transform: Transform,
     grid: Grid,
@@ -310,7 +310,7 @@ def images(
 def at_test_time(model: Any) -> Callable[..., Float[Tensor, "b"]]:
     """The loss that refinement descends for a model: its images by their similarity, or its maps."""
     similarity = getattr(getattr(model, "config", None), "similarity", None)
-    return partial(images, similarity=similarity) if similarity else refinement
+    return partial(image_refinement, similarity=similarity) if similarity else refinement
 
 
 def regulariser(steps: tuple[Step, ...], grid: Grid, bending: float) -> Terms:

@@ -5,6 +5,7 @@ Convention: images ``b c *grid``. Spatial sizes are whatever comes in: :class:`U
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +40,23 @@ def fast_layout(module: nn.Module, dim: int) -> nn.Module:
     """Store the weights channels last: the layout in which CPUs and GPUs convolve fastest, in place."""
     layout = {2: torch.channels_last, 3: torch.channels_last_3d}[dim]
     return module.to(memory_format=layout)  # type: ignore[call-overload]
+
+
+def as_tuples(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON has lists where a configuration has tuples."""
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+
+
+def check_pair(moving: Tensor, fixed: Tensor, channels: int, grid: Grid) -> None:
+    """Raise a ValueError unless both are as many images ``b c *grid`` of this many channels on this grid."""
+    for name, image in (("moving", moving), ("fixed", fixed)):
+        if tuple(image.shape[1:]) != (channels, *grid.shape):
+            raise ValueError(
+                f"The {name} image has the shape {tuple(image.shape)}, but this network takes "
+                f"a batch x {channels} x {' x '.join(map(str, grid.shape))}."
+            )
+    if len(moving) != len(fixed):
+        raise ValueError(f"{len(moving)} moving and {len(fixed)} fixed images are not pairs.")
 
 
 def zero_start(layer: nn.Module) -> nn.Module:

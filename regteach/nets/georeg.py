@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from regteach.grid import Grid
-from regteach.nets.blocks import conv, upsampled, zero_start
+from regteach.nets.blocks import as_tuples, check_pair, conv, upsampled, zero_start
 from regteach.ops.neighbourhood import in_slabs, neighbourhood_attention, parent_attention
 from regteach.precision import exactly
 from regteach.result import Result, Step, after_each
@@ -117,7 +117,7 @@ class GeoRegConfig:
             ValueError: if a key is unknown, or one that has no default is missing.
         """
         try:
-            return GeoRegConfig(**_tuples(values) | {"grid": Grid(**_tuples(values["grid"]))})
+            return GeoRegConfig(**as_tuples(values) | {"grid": Grid(**as_tuples(values["grid"]))})
         except (KeyError, TypeError) as error:
             raise ValueError(f"This is no configuration of a GeoReg ({error}).") from None
 
@@ -241,14 +241,7 @@ class GeoReg(nn.Module):
         check_size(grid, len(self.config.widths))
         if grid.dim != self.config.grid.dim:
             raise ValueError(f"This network registers images of {self.config.grid.dim} axes, not {grid.dim}.")
-        for name, image in (("moving", moving), ("fixed", fixed)):
-            if tuple(image.shape[1:]) != (self.config.channels, *grid.shape):
-                raise ValueError(
-                    f"The {name} image has the shape {tuple(image.shape)}, but on this grid the network takes "
-                    f"a batch x {self.config.channels} x {' x '.join(map(str, grid.shape))}."
-                )
-        if len(moving) != len(fixed):
-            raise ValueError(f"{len(moving)} moving and {len(fixed)} fixed images are not pairs.")
+        check_pair(moving, fixed, self.config.channels, grid)
 
 
 @dataclass(frozen=True, eq=False)
@@ -381,7 +374,3 @@ def _added(before: Transform, own: Transform) -> Transform:
     same = before.grid.shape == own.grid.shape
     inherited = before.displacement if same else upsampled(before.displacement, before.grid, own.grid)
     return Dense(inherited + own.displacement, own.grid)
-
-
-def _tuples(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from regteach import bspline
 from regteach.affine import AffineBounds
 from regteach.grid import Grid
-from regteach.nets.blocks import Encoder, UNet, conv, zero_start
+from regteach.nets.blocks import Encoder, UNet, as_tuples, check_pair, conv, zero_start
 from regteach.result import Result, Step, assemble
 from regteach.sampling import grid_points, sample, warp
 from regteach.transforms import Dense, FreeForm, Transform
@@ -113,12 +113,12 @@ class ISTNConfig:
         """
         try:
             stages = tuple(
-                SplineStage(**_tuples(stage))
+                SplineStage(**as_tuples(stage))
                 if "control_mm" in stage
-                else AffineStage(**_tuples(stage) | {"bounds": AffineBounds(**stage["bounds"])})
+                else AffineStage(**as_tuples(stage) | {"bounds": AffineBounds(**stage["bounds"])})
                 for stage in values["stages"]
             )
-            return ISTNConfig(**_tuples(values) | {"grid": Grid(**_tuples(values["grid"])), "stages": stages})
+            return ISTNConfig(**as_tuples(values) | {"grid": Grid(**as_tuples(values["grid"])), "stages": stages})
         except (KeyError, TypeError) as error:
             raise ValueError(f"This is no configuration of an ISTN ({error}).") from None
 
@@ -216,14 +216,7 @@ class ISTN(nn.Module):
                 f"This network works on {want.shape} voxels of {want.spacing} mm, but the grid has {grid.shape} voxels "
                 f"of {grid.spacing} mm; register brings images there."
             )
-        for name, maps in (("moving", moving), ("fixed", fixed)):
-            if tuple(maps.shape[1:]) != (channels, *grid.shape):
-                raise ValueError(
-                    f"The {name} image has the shape {tuple(maps.shape)}, but this network takes "
-                    f"a batch x {channels} x {' x '.join(map(str, grid.shape))}."
-                )
-        if len(moving) != len(fixed):
-            raise ValueError(f"{len(moving)} moving and {len(fixed)} fixed images are not pairs.")
+        check_pair(moving, fixed, channels, grid)
 
 
 class _AffineHead(nn.Module):
@@ -340,11 +333,6 @@ def _shrunk(maps: Tensor, factor: int) -> Tensor:
     if factor == 1:
         return maps
     return {2: F.avg_pool2d, 3: F.avg_pool3d}[maps.ndim - 2](maps, factor)
-
-
-def _tuples(values: dict[str, Any]) -> dict[str, Any]:
-    """JSON has lists where the configuration has tuples."""
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
 
 
 def without_itn(config: ISTNConfig) -> ISTNConfig:

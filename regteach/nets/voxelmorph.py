@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regteach.grid import Grid
-from regteach.nets.blocks import UNet, conv, upsampled, zero_start
+from regteach.nets.blocks import UNet, as_tuples, check_pair, conv, upsampled, zero_start
 from regteach.result import Result, Step
 from regteach.transforms import Dense, Transform, Velocity
 
@@ -57,8 +57,7 @@ class VoxelMorphConfig:
             ValueError: if a key is unknown, or one that has no default is missing.
         """
         try:
-            grid = Grid(**{key: tuple(value) for key, value in values["grid"].items()})
-            return VoxelMorphConfig(**values | {"grid": grid, "widths": tuple(values["widths"])})
+            return VoxelMorphConfig(**as_tuples(values) | {"grid": Grid(**as_tuples(values["grid"]))})
         except (KeyError, TypeError) as error:
             raise ValueError(f"This is no configuration of a VoxelMorph network ({error}).") from None
 
@@ -91,14 +90,7 @@ class VoxelMorph(nn.Module):
         want = self.config.grid
         if grid.dim != want.dim or any(abs(a - b) > 1e-3 * b for a, b in zip(grid.spacing, want.spacing, strict=True)):
             raise ValueError(f"This network works on voxels of {want.spacing} mm, not {grid.spacing} mm.")
-        for name, image in (("moving", moving), ("fixed", fixed)):
-            if tuple(image.shape[1:]) != (self.config.channels, *grid.shape):
-                raise ValueError(
-                    f"The {name} image has the shape {tuple(image.shape)}, but on this grid the network takes "
-                    f"a batch x {self.config.channels} x {' x '.join(map(str, grid.shape))}."
-                )
-        if len(moving) != len(fixed):
-            raise ValueError(f"{len(moving)} moving and {len(fixed)} fixed images are not pairs.")
+        check_pair(moving, fixed, self.config.channels, grid)
         field = self.out(F.relu(self.unet(torch.cat([moving, fixed], 1)))).float().movedim(1, -1)
         step = Step(field * max(grid.spacing), partial(_built, grid=grid, config=self.config))
         return Result(step.build(step.parameters), (moving, fixed), (step,))
