@@ -23,8 +23,8 @@ import torch
 import tyro
 from torch import Tensor
 
-from benchmarks import istn, tables
-from benchmarks.istn import Figures, Recipe
+from benchmarks import networks, tables
+from benchmarks.networks import Figures, Recipe
 from benchmarks.tables import Table, mean, number
 from regteach import metrics
 from regteach.checkpoints import load
@@ -49,7 +49,7 @@ BATCH, TOGETHER = 8, 50  # pairs a training step; pairs registered at a time
 
 
 @dataclass(frozen=True)
-class Options(istn.Options):
+class Options(networks.Options):
     """Command line.
 
     Args:
@@ -93,7 +93,7 @@ def shares(motion: Mapping[int, float]) -> dict[int, float]:
 
 @torch.no_grad()
 def overlap_and_folding(
-    cohort: Cohort, pairs: istn.Pairs, transform: Transform, device: torch.device
+    cohort: Cohort, pairs: networks.Pairs, transform: Transform, device: torch.device
 ) -> dict[str, list[float]]:
     """Dice, mean over the structures, and folding of each pair of a batch."""
     moving, fixed = (list(side) for side in zip(*pairs, strict=True))
@@ -108,7 +108,7 @@ def overlap_and_folding(
 
 
 def figures_by_level(
-    network: Any, cohort: Cohort, pairs: istn.Pairs, device: torch.device, refinement: Refinement | None = None
+    network: Any, cohort: Cohort, pairs: networks.Pairs, device: torch.device, refinement: Refinement | None = None
 ) -> dict[int, Figures]:
     """One number a pair, for each level: "motion" (mm) and "square" (mm^2) that it adds, "dice" and "folding" after it.
 
@@ -167,7 +167,7 @@ def record(levels: Mapping[int, Figures]) -> dict[str, Any]:
 def small_budget(form: str, seed: int, cohort: Cohort, options: Options) -> Recipe:
     """The recipe in one of its forms, with fewer and smaller steps."""
     changes = FORMS[form]
-    recipe = istn.find_recipe(RECIPE, batch=BATCH, seed=seed, validate_every=100)
+    recipe = networks.find_recipe(RECIPE, batch=BATCH, seed=seed, validate_every=100)
     if options.steps is not None:
         recipe = replace(recipe, settings=replace(recipe.settings, steps=options.steps))
     config: Any = recipe.config
@@ -175,25 +175,25 @@ def small_budget(form: str, seed: int, cohort: Cohort, options: Options) -> Reci
     return _small(recipe, cohort) if options.quick else recipe
 
 
-def trained_rows(cohort: Cohort, pairs: istn.Pairs, options: Options) -> list[dict[str, Any]]:
+def trained_rows(cohort: Cohort, pairs: networks.Pairs, options: Options) -> list[dict[str, Any]]:
     """Train or read every form and seed, and measure it in one pass."""
     device, rows = torch.device(options.device), []
     for form in FORMS:
         for seed in options.seeds:
             recipe = small_budget(form, seed, cohort, options)
-            done = istn.trained(recipe, cohort, options.runs)
+            done = networks.trained(recipe, cohort, options.runs)
             row = {"model": form, "way": ONE, "seed": seed, "steps": recipe.settings.steps}
             row |= {"parameters": count_parameters(done.model), "training_seconds_wall": done.seconds}
             rows.append(row | record(figures_by_level(done.model, cohort, pairs, device)))
     return rows
 
 
-def shipped_rows(cohort: Cohort, pairs: istn.Pairs, options: Options) -> list[dict[str, Any]]:
+def shipped_rows(cohort: Cohort, pairs: networks.Pairs, options: Options) -> list[dict[str, Any]]:
     """The shipped model in one pass on all pairs; in one pass and refined on the first of them."""
     device = torch.device(options.device)
     if options.quick:  # nothing that ships fits the stand-in
         recipe = small_budget(SAME, 0, cohort, options)
-        network, refinement = istn.trained(recipe, cohort, options.runs).model, recipe.refinement
+        network, refinement = networks.trained(recipe, cohort, options.runs).model, recipe.refinement
     else:
         model = load(options.weights)
         network, refinement = model.network, model.refinement
@@ -265,13 +265,14 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     options = tyro.cli(Options, args=arguments)
     if min(options.pairs, options.refined_pairs, len(options.seeds), options.steps or 1) < 1:
         raise ValueError("The numbers of pairs, seeds and steps are 1 or more.")
-    istn.chosen([RECIPE], options.recipes)
+    networks.chosen([RECIPE], options.recipes)
     torch.set_num_threads(options.threads)
-    facts = {"seeds": options.seeds, "quick": options.quick, "hardware": istn.hardware(torch.device(options.device))}
+    device = torch.device(options.device)
+    facts = {"seeds": options.seeds, "quick": options.quick, "hardware": networks.hardware(device)}
     rows: list[dict[str, Any]] = []
     try:
-        cohort = istn.stand_in(Grid((28, 28))) if options.quick else istn.load_cohort("digits")
-        pairs = istn.pairs_to_test(cohort, options.pairs)
+        cohort = networks.stand_in(Grid((28, 28))) if options.quick else networks.load_cohort("digits")
+        pairs = networks.pairs_to_test(cohort, options.pairs)
         rows = shipped_rows(cohort, pairs, options) + trained_rows(cohort, pairs, options)
         shown = [level_table(rows[0], cohort), model_table(rows, options)]
     except FileNotFoundError as error:

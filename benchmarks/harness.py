@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import psutil
 import torch
@@ -189,6 +190,13 @@ def _run(form: Form, leaves: Sequence[Tensor]) -> tuple[Result, tuple[float, flo
     middle = _now(device)
     gradients = torch.autograd.grad(value.sum(), leaves)
     return (value.detach(), gradients), (middle - start, _now(device) - middle)
+
+
+def timed(compute: Callable[[], Any], device: torch.device) -> tuple[Any, dict[str, float]]:
+    """What it computes, and the time that it takes: "seconds" of the processor or of a GPU, and "wall" of the clock."""
+    start, wall = _now(device), time.perf_counter()
+    value = compute()
+    return value, {"seconds": _now(device) - start, "wall": time.perf_counter() - wall}
 
 
 def _now(device: torch.device) -> float:

@@ -26,8 +26,8 @@ from typing import Any, Literal
 import torch
 import tyro
 
-from benchmarks import istn, tables
-from benchmarks.istn import KINDS, MODELS, Recipe
+from benchmarks import networks, tables
+from benchmarks.networks import KINDS, MODELS, Recipe
 from benchmarks.tables import NOT_MEASURED, Table
 from regteach.checkpoints import SUFFIX, Model, load
 from regteach.checkpoints import WEIGHTS as SHIPPED
@@ -59,7 +59,7 @@ CORES = min(2, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True)
-class Options(istn.Options):
+class Options(networks.Options):
     """Command line.
 
     Args:
@@ -91,37 +91,37 @@ def table_one(data: str, folds: Sequence[Cohort], options: Options) -> tuple[Tab
         options: of the command line.
     """
     device = torch.device(options.device)
-    names = istn.chosen([f"istn-{data}-{kind}-{variant}" for kind in KINDS for variant in MODELS], options.recipes)
+    names = networks.chosen([f"istn-{data}-{kind}-{variant}" for kind in KINDS for variant in MODELS], options.recipes)
     records: list[dict[str, Any]] = []
 
-    def note(kind: str, model: str, found: dict[str, istn.Figures], **more: Any) -> None:
+    def note(kind: str, model: str, found: dict[str, networks.Figures], **more: Any) -> None:
         for way, figures in found.items():
-            records.append({"data": data, "kind": kind, "model": model, "way": way} | more | istn.summary(figures))
+            records.append({"data": data, "kind": kind, "model": model, "way": way} | more | networks.summary(figures))
 
     for kind in [kind for kind in KINDS if any(f"-{kind}-" in name for name in names)]:
         first = _recipe(f"istn-{data}-{kind}-explicit", folds[0], options)
-        still, best, best_way = [], [], istn.ceiling(first.refinement, options.quick)
+        still, best, best_way = [], [], networks.ceiling(first.refinement, options.quick)
         for fold in folds:
-            pairs, measure = istn.pairs_to_test(fold, options.pairs), istn.label_figures(fold, device)
-            still.append({ONE: istn.known(fold, pairs, measure)})
+            pairs, measure = networks.pairs_to_test(fold, options.pairs), networks.label_figures(fold, device)
+            still.append({ONE: networks.known(fold, pairs, measure)})
             best.append(
-                istn.registered(
-                    istn.untrained(first.config), fold, pairs, {REFINED: best_way}, measure,
+                networks.registered(
+                    networks.untrained(first.config), fold, pairs, {REFINED: best_way}, measure,
                     device, soi=True,
                 )
             )  # fmt: skip
-        note(kind, IDENTITY, istn.pooled(still))
+        note(kind, IDENTITY, networks.pooled(still))
         for name in [name for name in names if f"-{kind}-" in name]:
             parts, seconds = [], 0.0
             for fold in folds:
                 recipe = _recipe(name, fold, options)
-                done = istn.trained(recipe, fold, options.runs)
-                pairs, ways = istn.pairs_to_test(fold, options.pairs), {ONE: None, REFINED: recipe.refinement}
-                measure = istn.label_figures(fold, device)
-                parts.append(istn.registered(done.model, fold, pairs, ways, measure, device))
+                done = networks.trained(recipe, fold, options.runs)
+                pairs, ways = networks.pairs_to_test(fold, options.pairs), {ONE: None, REFINED: recipe.refinement}
+                measure = networks.label_figures(fold, device)
+                parts.append(networks.registered(done.model, fold, pairs, ways, measure, device))
                 seconds += done.seconds
-            note(kind, MODELS[recipe.variant], istn.pooled(parts), recipe=name, training_seconds_wall=seconds)
-        note(kind, CEILING, istn.pooled(best))
+            note(kind, MODELS[recipe.variant], networks.pooled(parts), recipe=name, training_seconds_wall=seconds)
+        note(kind, CEILING, networks.pooled(best))
     return show_table_one(data, folds, records, options), records
 
 
@@ -157,7 +157,8 @@ def show_table_one(data: str, folds: Sequence[Cohort], records: Sequence[dict[st
         "B-spline: an affine and then B-splines, from where the images lie; the paper's starts from images that are "
         "aligned already, so its Id is higher.",
         f"s a pair: processor seconds on {torch.get_num_threads()} thread(s), median; refinement: of that alone. "
-        f"{CEILING}: the label maps, {3 if options.quick else istn.CEILING_STEPS} steps from the identity, no network.",
+        f"{CEILING}: the label maps, {3 if options.quick else networks.CEILING_STEPS} steps from the identity, "
+        "no network.",
     ]
     return table
 
@@ -191,25 +192,25 @@ def as_shipped(name: str, cohort: Cohort, options: Options) -> tuple[list[Table]
     recipe = _recipe(name, cohort, options)
     path = options.weights / f"{name}{SUFFIX}"
     if options.quick:
-        model = Model(name, istn.untrained(recipe.config), recipe.refinement)
+        model = Model(name, networks.untrained(recipe.config), recipe.refinement)
     elif path.exists():
         model = load(path)
     else:
         return [_left_out(name, f"There are no weights {path.name} in {path.parent.name}/.")], []
     device, threads = torch.device(options.device), torch.get_num_threads()
-    pairs, measure = istn.pairs_to_test(cohort, options.pairs), istn.label_figures(cohort, device)
+    pairs, measure = networks.pairs_to_test(cohort, options.pairs), networks.label_figures(cohort, device)
     twice = replace(model.refinement, steps=2 * model.refinement.steps)
     ways = {ONE: None, REFINED: model.refinement, f"refined, {twice.steps} steps": twice}
     torch.set_num_threads(options.threads if options.quick else CORES)
     try:
-        found = {NOTHING: istn.known(cohort, pairs, measure)}
-        found |= istn.registered(model.network, cohort, pairs, ways, measure, device)
-        best = {CEILING: istn.ceiling(model.refinement, options.quick)}
-        network = istn.untrained(model.network.config)
-        found |= istn.registered(network, cohort, pairs, best, measure, device, soi=True)
+        found = {NOTHING: networks.known(cohort, pairs, measure)}
+        found |= networks.registered(model.network, cohort, pairs, ways, measure, device)
+        best = {CEILING: networks.ceiling(model.refinement, options.quick)}
+        network = networks.untrained(model.network.config)
+        found |= networks.registered(network, cohort, pairs, best, measure, device, soi=True)
     finally:
         torch.set_num_threads(threads)
-    records = [{"model": name, "way": way} | istn.summary(figures) for way, figures in found.items()]
+    records = [{"model": name, "way": way} | networks.summary(figures) for way, figures in found.items()]
     return [show_shipped(name, cohort, records, options)], records
 
 
@@ -261,7 +262,8 @@ def part(name: str, options: Options) -> tuple[list[Table], list[dict[str, Any]]
     """One part; a sentence in its place where the data are not there."""
     data = {"shipped": "hippocampus"}.get(name, name)
     try:
-        cohort = istn.stand_in(Grid((16, 20, 16), (3.0,)), people=6) if options.quick else istn.load_cohort(data)
+        tiny = Grid((16, 20, 16), (3.0,))
+        cohort = networks.stand_in(tiny, people=6) if options.quick else networks.load_cohort(data)
     except FileNotFoundError as error:
         return [_left_out(name, str(error))], []
     if name in ("shipped", "brains"):
@@ -277,7 +279,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     if options.folds < 1 or options.pairs < 1:
         raise ValueError(f"Folds and pairs are 1 or more, but they are {options.folds} and {options.pairs}.")
     torch.set_num_threads(options.threads)
-    before = istn.hardware(torch.device(options.device))
+    before = networks.hardware(torch.device(options.device))
     shown: list[Table] = []
     records: list[dict[str, Any]] = []
     for name in options.parts:
@@ -290,8 +292,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
 def _recipe(name: str, cohort: Cohort, options: Options) -> Recipe:
     changes = {"seed": options.seed} | ({} if options.steps is None else {"steps": options.steps})
-    recipe = istn.find_recipe(name, **changes)
-    return istn.small(recipe, cohort) if options.quick else recipe
+    recipe = networks.find_recipe(name, **changes)
+    return networks.small(recipe, cohort) if options.quick else recipe
 
 
 def _left_out(name: str, sentence: str) -> Table:

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 import tyro
 
-from benchmarks import istn, tables
-from benchmarks.istn import Recipe
+from benchmarks import networks, tables
+from benchmarks.networks import Recipe
 from benchmarks.tables import NOT_MEASURED, Table
 from regteach.data.cohort import Cohort
 from regteach.data.slices import slice_folds
@@ -34,7 +34,7 @@ CEILING_STEPS = 800  # with control points 4 mm apart the maps go on approaching
 
 
 @dataclass(frozen=True)
-class Options(istn.Options):
+class Options(networks.Options):
     """Command line.
 
     Args:
@@ -51,21 +51,21 @@ class Options(istn.Options):
 def measured(folds: Sequence[Cohort], options: Options) -> list[dict[str, Any]]:
     """Train or read each fold, register its test pairs; figures over the pairs of all folds, and of each."""
     device = torch.device(options.device)
-    parts: list[dict[str, istn.Figures]] = []
+    parts: list[dict[str, networks.Figures]] = []
     records: list[dict[str, Any]] = []
     for index, fold in enumerate(folds):
         recipe = _recipe(fold, options)
-        done = istn.trained(recipe, fold, options.runs)
-        pairs, figures = fold.pairs("test"), istn.label_figures(fold, device)
-        found = {NOTHING: istn.known(fold, pairs, figures)}
-        found |= istn.registered(done.model, fold, pairs, ways(recipe, options), figures, device)
-        best = {CEILING: istn.ceiling(recipe.refinement, options.quick, CEILING_STEPS)}
-        found |= istn.registered(istn.untrained(recipe.config), fold, pairs, best, figures, device, soi=True)
+        done = networks.trained(recipe, fold, options.runs)
+        pairs, figures = fold.pairs("test"), networks.label_figures(fold, device)
+        found = {NOTHING: networks.known(fold, pairs, figures)}
+        found |= networks.registered(done.model, fold, pairs, ways(recipe, options), figures, device)
+        best = {CEILING: networks.ceiling(recipe.refinement, options.quick, CEILING_STEPS)}
+        found |= networks.registered(networks.untrained(recipe.config), fold, pairs, best, figures, device, soi=True)
         parts.append(found)
         people = [fold.people[i] for i in fold.splits["test"]]
         more = {"fold": index, "people": people, "training_seconds_wall": done.seconds}
-        records += [{"way": way} | more | istn.summary(values) for way, values in found.items()]
-    return records + [{"way": way, "fold": "all"} | istn.summary(v) for way, v in istn.pooled(parts).items()]
+        records += [{"way": way} | more | networks.summary(values) for way, values in found.items()]
+    return records + [{"way": way, "fold": "all"} | networks.summary(v) for way, v in networks.pooled(parts).items()]
 
 
 def ways(recipe: Recipe, options: Options) -> dict[str, Refinement | None]:
@@ -130,12 +130,12 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     options = tyro.cli(Options, args=arguments)
     if (options.folds is not None and options.folds < 1) or min(options.refinements, default=0) < 1:
         raise ValueError("The number of folds and the numbers of refinement steps are 1 or more.")
-    istn.chosen([RECIPE], options.recipes)
+    networks.chosen([RECIPE], options.recipes)
     torch.set_num_threads(options.threads)
-    before = istn.hardware(torch.device(options.device))
+    before = networks.hardware(torch.device(options.device))
     records: list[dict[str, Any]] = []
     try:
-        cohort = istn.stand_in(Grid((32, 40)), people=6) if options.quick else istn.load_cohort("slices")
+        cohort = networks.stand_in(Grid((32, 40)), people=6) if options.quick else networks.load_cohort("slices")
         # A last fold of one person has no pair.
         every = [replace(cohort, splits=split) for split in slice_folds(cohort)]
         folds = [fold for fold in every if fold.pairs("test")][: options.folds]
@@ -149,8 +149,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
 def _recipe(cohort: Cohort, options: Options) -> Recipe:
     changes = {"seed": options.seed} | ({} if options.steps is None else {"steps": options.steps})
-    recipe = istn.find_recipe(RECIPE, **changes)
-    return istn.small(recipe, cohort) if options.quick else recipe
+    recipe = networks.find_recipe(RECIPE, **changes)
+    return networks.small(recipe, cohort) if options.quick else recipe
 
 
 if __name__ == "__main__":

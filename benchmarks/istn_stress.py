@@ -30,10 +30,10 @@ import torch
 import tyro
 from torch import Tensor
 
-from benchmarks import changes, istn, tables
+from benchmarks import changes, networks, tables
 from benchmarks.changes import NONE, Scene
-from benchmarks.istn import Recipe
 from benchmarks.istn_trees import WEIGHTS as BY_WEIGHTS
+from benchmarks.networks import Recipe
 from benchmarks.tables import Table
 from regteach import metrics, objectives
 from regteach.checkpoints import WEIGHTS, Model, load
@@ -70,7 +70,7 @@ SHIPPED = "istn-hippocampus"
 
 
 @dataclass(frozen=True)
-class Options(istn.Options):
+class Options(networks.Options):
     """Command line.
 
     Args:
@@ -109,7 +109,8 @@ class Field:
     def model(self, name: str, count: int, seed: int) -> Any:
         """A training, done now or before."""
         chosen = fewer(self.trees, count, seed)
-        return istn.trained(recipe(name, chosen, seed, self.options), chosen, self.options.runs).model.to(self.device)
+        wanted = recipe(name, chosen, seed, self.options)
+        return networks.trained(wanted, chosen, self.options.runs).model.to(self.device)
 
 
 def field(options: Options) -> Field:
@@ -136,7 +137,7 @@ def fewer(trees: Trees, count: int, seed: int) -> Trees:
 def recipe(name: str, trees: Trees, seed: int, options: Options) -> Recipe:
     """The recipe of the trees, brought from 128 pixels to these: lengths shrink with the image, and one level less."""
     variant, kind, augmentation = TRAININGS[name]
-    base = istn.find_recipe(f"istn-trees-{kind}-{variant}")
+    base = networks.find_recipe(f"istn-trees-{kind}-{variant}")
     config: Any = base.config  # of an ISTN
     factor = trees.grid.shape[0] / SIDE
     stages = tuple(
@@ -155,7 +156,7 @@ def recipe(name: str, trees: Trees, seed: int, options: Options) -> Recipe:
         bending=base.bending * factor**2,
         refinement=replace(base.refinement, rate=0.03, bending=base.refinement.bending * factor**2),
     )
-    return istn.small(adapted, trees) if options.quick else adapted
+    return networks.small(adapted, trees) if options.quick else adapted
 
 
 # ---- what is measured ----
@@ -387,13 +388,13 @@ def hippocampus(options: Options) -> list[Record]:
 def shipped(options: Options) -> tuple[Cohort, Model]:
     """The crops and the model; stand-ins in quick mode."""
     if options.quick:
-        cohort = istn.stand_in(Grid((16, 20, 16)), people=6)
-        small: Any = istn.small(istn.find_recipe(SHIPPED), cohort)
-        return cohort, Model(SHIPPED, istn.untrained(small.config), small.refinement)
+        cohort = networks.stand_in(Grid((16, 20, 16)), people=6)
+        small: Any = networks.small(networks.find_recipe(SHIPPED), cohort)
+        return cohort, Model(SHIPPED, networks.untrained(small.config), small.refinement)
     path = options.weights / f"{SHIPPED}.safetensors"
     if not path.exists():
         raise FileNotFoundError(f"There are no weights {path.name} in {path.parent}.")
-    return istn.load_cohort("hippocampus"), load(path)
+    return networks.load_cohort("hippocampus"), load(path)
 
 
 def _unlike(cohort: Cohort, change: changes.Change, index: int) -> Tensor:
@@ -589,7 +590,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     if min(options.sizes) < 1 or options.long < 1:
         raise ValueError("Numbers of training pairs and of steps are 1 or more.")
     torch.set_num_threads(options.threads)
-    facts = {"seeds": options.seeds, "quick": options.quick, "hardware": istn.hardware(torch.device(options.device))}
+    device = torch.device(options.device)
+    facts = {"seeds": options.seeds, "quick": options.quick, "hardware": networks.hardware(device)}
     place = field(options) if set(options.parts) - {"hippocampus"} else None
     records: list[Record] = []
     left_out: list[Table] = []

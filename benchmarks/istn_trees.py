@@ -25,8 +25,8 @@ import torch
 import tyro
 from scipy import ndimage
 
-from benchmarks import istn, tables
-from benchmarks.istn import KINDS, MODELS, CohortTask, Recipe
+from benchmarks import networks, tables
+from benchmarks.networks import KINDS, MODELS, CohortTask, Recipe
 from benchmarks.tables import NOT_MEASURED, Table
 from regteach import metrics, objectives
 from regteach.data.trees import Trees, generate_trees
@@ -57,7 +57,7 @@ STEP_AIM = 1.5  # times as fast
 
 
 @dataclass(frozen=True)
-class Options(istn.Options):
+class Options(networks.Options):
     """Command line.
 
     Args:
@@ -69,7 +69,7 @@ class Options(istn.Options):
     parts: tuple[Literal["accuracy", "times"], ...] = ("accuracy", "times")
 
 
-def tree_figures(trees: Trees, device: torch.device) -> istn.PairFigures:
+def tree_figures(trees: Trees, device: torch.device) -> networks.PairFigures:
     """Dice at half maximum, the authors' ASD (pixels), TRE (mm, which are pixels), folding."""
 
     @torch.no_grad()
@@ -103,19 +103,19 @@ def accuracy(trees: Trees, options: Options) -> tuple[list[Table], list[dict[str
     pairs, figures = trees.pairs("test"), tree_figures(trees, device)
     records: list[dict[str, Any]] = []
     for name, given in (("identity", None), ("true affine", trees.truth)):
-        found = istn.known(trees, pairs, tree_figures(trees, torch.device("cpu")), given)
-        records.append({"model": name, "kind": "", "way": ONE, "seed": None} | istn.summary(found))
+        found = networks.known(trees, pairs, tree_figures(trees, torch.device("cpu")), given)
+        records.append({"model": name, "kind": "", "way": ONE, "seed": None} | networks.summary(found))
     for recipe in recipes(trees, options):
-        done = istn.trained(recipe, trees, options.runs)
+        done = networks.trained(recipe, trees, options.runs)
         ways = {ONE: None, PARAMETERS: recipe.refinement, BY_WEIGHTS: WEIGHTS}
         if options.quick:
             ways[BY_WEIGHTS] = replace(WEIGHTS, steps=2)
         kind = next(kind for kind in KINDS if f"-{kind}-" in recipe.name)
-        for way, found in istn.registered(done.model, trees, pairs, ways, figures, device).items():
+        for way, found in networks.registered(done.model, trees, pairs, ways, figures, device).items():
             records.append(
                 {"recipe": recipe.name, "model": MODELS[recipe.variant], "kind": kind, "way": way}
                 | {"seed": recipe.settings.seed, "training_seconds_wall": done.seconds, "best_step": done.best["step"]}
-                | istn.summary(found)
+                | networks.summary(found)
             )
     return [accuracy_table(trees, records, compare=not options.quick)], records
 
@@ -124,11 +124,11 @@ def recipes(trees: Trees, options: Options) -> list[Recipe]:
     """What is to be trained: every recipe of the trees, with the authors' data, at every seed."""
     names = [f"istn-trees-{kind}-{variant}" for kind in KINDS for variant in MODELS]
     found = []
-    for name in istn.chosen(names, options.recipes):
+    for name in networks.chosen(names, options.recipes):
         for seed in options.seeds:
             changes = {"seed": seed} | ({} if options.steps is None else {"steps": options.steps})
-            recipe = replace(istn.find_recipe(name, **changes), data=trees.name)
-            found.append(istn.small(recipe, trees) if options.quick else recipe)
+            recipe = replace(networks.find_recipe(name, **changes), data=trees.name)
+            found.append(networks.small(recipe, trees) if options.quick else recipe)
     return found
 
 
@@ -230,13 +230,13 @@ def _changes(records: Sequence[dict[str, Any]], kind: str) -> list[str]:
 def times(trees: Trees, options: Options) -> tuple[list[Table], list[dict[str, Any]]]:
     """A training step and a refinement: the public architecture at its own size, and our recipes."""
     device = torch.device(options.device)
-    variant = istn.find_recipe("istn-trees-affine-implicit")
+    variant = networks.find_recipe("istn-trees-affine-implicit")
     bare = replace(variant, data=trees.name, bending=0.0, augmentation=type(variant.augmentation)())
-    spline = istn.find_recipe("istn-trees-bspline-implicit")
+    spline = networks.find_recipe("istn-trees-bspline-implicit")
     cases: list[tuple[str, Recipe]] = [
         ("public affine ISTN-i", replace(bare, name="public", config=public(trees.grid, "affine"))),
-        ("our affine ISTN-i", istn.small(variant, trees) if options.quick else variant),
-        ("our B-spline ISTN-i", istn.small(spline, trees) if options.quick else spline),
+        ("our affine ISTN-i", networks.small(variant, trees) if options.quick else variant),
+        ("our B-spline ISTN-i", networks.small(spline, trees) if options.quick else spline),
     ]
     rounds, count = (2, 2) if options.quick else (12, BATCH)
     size = " x ".join(map(str, trees.grid.shape))
@@ -256,7 +256,7 @@ def times(trees: Trees, options: Options) -> tuple[list[Table], list[dict[str, A
         step = f"{REFERENCE_STEP[0]:.2f} to {REFERENCE_STEP[1]:.2f}" if compared and recipe.name == "public" else "-"
         add(f"training step, batch {count}", name, step_seconds(recipe, trees, count, rounds, device), step)
     for name, recipe in cases:
-        model = istn.untrained(recipe.config).to(device)
+        model = networks.untrained(recipe.config).to(device)
         images = trees.images[[trees.pairs("test")[0][k] for k in (0, 1)]].to(device)
 
         def once(model: Any = model, images: torch.Tensor = images) -> Any:
@@ -318,7 +318,7 @@ def step_seconds(recipe: Recipe, trees: Trees, count: int, rounds: int, device: 
 def median_seconds(compute: Any, rounds: int, device: torch.device) -> float:
     """Median time of a computation, after one that warms up."""
     compute()
-    taken = sorted(istn.timed(compute, device)[1]["seconds"] for _ in range(rounds))
+    taken = sorted(networks.timed(compute, device)[1]["seconds"] for _ in range(rounds))
     return 0.5 * (taken[(rounds - 1) // 2] + taken[rounds // 2])
 
 
@@ -326,7 +326,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Run it; see the module."""
     options = tyro.cli(Options, args=arguments)
     torch.set_num_threads(options.threads)
-    before = istn.hardware(torch.device(options.device))
+    before = networks.hardware(torch.device(options.device))
     shown: list[Table] = []
     records: list[dict[str, Any]] = []
     sets: dict[str, Trees] = {}
@@ -334,7 +334,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         sets["accuracy"] = sets["times"] = generate_trees(train=4, validation=2, test=2, size=64)
     else:
         try:
-            sets["accuracy"] = sets["times"] = istn.load_cohort("synth2d")  # type: ignore[assignment]
+            sets["accuracy"] = sets["times"] = networks.load_cohort("synth2d")  # type: ignore[assignment]
         except FileNotFoundError as error:
             shown.append(Table("Trees of synth2d: left out", (), notes=[str(error)]))
             sets["times"] = generate_trees(train=BATCH, validation=1, test=1)  # for times, any image will do

@@ -9,8 +9,7 @@ scaled up to the whole grid, and its field is compared with the blocked one ther
 (of all threads together; other programs hardly change them) and seconds of the clock on a GPU.
 """
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ import tyro
 from torch import Tensor
 
 from benchmarks import tables
-from benchmarks.harness import PeakMemory, hardware
+from benchmarks.harness import PeakMemory, hardware, timed
 from benchmarks.tables import Table, number
 from regteach.grid import Grid
 from regteach.ops.kernel_field import Attention, kernel_field, kernel_field_on
@@ -115,20 +114,6 @@ class Case:
         return torch.cat(parts)
 
 
-def timed(compute: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
-    """What it computes, and the seconds that it takes."""
-
-    def now() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-            return time.perf_counter()
-        return time.process_time()
-
-    start = now()
-    value = compute()
-    return value, now() - start
-
-
 def dense(case: Case, k: int, options: Options, compare: bool = True) -> dict[str, Any]:
     """Seconds and peak memory of the blocked form, and of the plain one on some of the voxels; how much they differ."""
     device, size = case.values.device, case.grid.size
@@ -136,7 +121,7 @@ def dense(case: Case, k: int, options: Options, compare: bool = True) -> dict[st
     with torch.no_grad():
         with PeakMemory(device) as memory:
             field, taken = timed(lambda: case.blocked(k, options), device)
-        record |= {"seconds": taken, "peak_mb": memory.peak_mb}
+        record |= {**taken, "peak_mb": memory.peak_mb}
         if not compare:
             return record
         chosen = (
@@ -146,7 +131,7 @@ def dense(case: Case, k: int, options: Options, compare: bool = True) -> dict[st
         with PeakMemory(device) as memory:
             there, taken = timed(lambda: case.plain(voxels, k), device)
     scale = size / len(chosen)
-    record |= {"plain_seconds": taken * scale, "plain_voxels": len(chosen), "plain_part_mb": memory.peak_mb}
+    record |= {"plain_seconds": taken["seconds"] * scale, "plain_voxels": len(chosen), "plain_part_mb": memory.peak_mb}
     record["gathered_gb"] = size * min(k, len(case.values)) * case.keys.shape[1] * 4 / 1e9
     record["ratio"] = record["plain_seconds"] / record["seconds"]
     record["differs"] = float((field.flatten(0, -2)[chosen.to(device)] - there).abs().max() / there.abs().max())
@@ -164,7 +149,7 @@ def training(case: Case, k: int, options: Options) -> dict[str, Any]:
     with PeakMemory(case.values.device) as memory:
         _, taken = timed(step, case.values.device)
     found = {"shape": case.grid.shape, "keypoints": len(case.values), "k": k, "with": "gradients"}
-    return found | {"seconds": taken, "peak_mb": memory.peak_mb}
+    return found | {**taken, "peak_mb": memory.peak_mb}
 
 
 def neighbours_table(records: Sequence[dict[str, Any]], options: Options) -> Table:

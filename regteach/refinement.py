@@ -15,7 +15,7 @@ training rate, 50 steps, ITN fixed). Refining the parameters is ours: it is fast
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -118,7 +118,7 @@ def refine(
         pairs = [(features[0][i : i + 1], features[1][i : i + 1]) for i in range(len(features[0]))]
         each = [_refine_weights(model, pair, grid, settings, loss, watch) for pair in pairs]
         steps = tuple(
-            Step(torch.cat([one.result.steps[k].parameters for one in each]), step.build)
+            replace(step, parameters=torch.cat([one.result.steps[k].parameters for one in each]))
             for k, step in enumerate(result.steps)
         )
         longest = max(len(one.curve) for one in each)
@@ -145,7 +145,7 @@ def _refine_parameters(
     focus = _focus(assemble(steps), compared, coarse, settings)
 
     def now() -> tuple[Tensor, list[Tensor]]:
-        current = tuple(Step(z, step.build) for z, step in zip(turned, steps, strict=True))
+        current = tuple(replace(step, parameters=z) for z, step in zip(turned, steps, strict=True))
         transform = assemble(current)
         if watch is not None:
             watch(len(keeper.curve), transform)
@@ -264,5 +264,5 @@ class _Keeper:
 
     def refined(self, steps: tuple[Step, ...], features: tuple[Tensor, Tensor]) -> Refined:
         """What there is to return."""
-        best = tuple(Step(z, step.build) for z, step in zip(self.best, steps, strict=True))
+        best = tuple(replace(step, parameters=z) for z, step in zip(self.best, steps, strict=True))
         return Refined(Result(assemble(best), features, best), torch.stack(self.curve), self.taken)

@@ -13,7 +13,7 @@ from torch import Tensor
 from truths.fields import one_sentence
 
 from benchmarks import georeg_digits as bench
-from benchmarks import istn
+from benchmarks import networks
 from regteach.data.cohort import Cohort
 from regteach.evaluation import figures_of
 from regteach.grid import Grid
@@ -27,7 +27,7 @@ GRID = Grid((28, 28))
 
 @pytest.fixture(scope="module")
 def cohort() -> Cohort:
-    return istn.stand_in(GRID)
+    return networks.stand_in(GRID)
 
 
 class Known(torch.nn.Module):
@@ -75,12 +75,12 @@ def test_forms_differ_in_what_they_name(cohort: Cohort, tmp_path: Path) -> None:
     options = bench.Options()
     recipes = {form: bench.small_budget(form, 0, cohort, options) for form in bench.FORMS}
     same: Any = recipes[bench.SAME]
-    assert same.config == istn.find_recipe(bench.RECIPE).config
+    assert same.config == networks.find_recipe(bench.RECIPE).config
     assert (same.config.widths, same.config.windows) == ((16, 32, 64), (3, 3, 3))  # the paper's
     for form, changes in bench.FORMS.items():
         assert recipes[form].config == replace(same.config, **changes)
         assert recipes[form].settings == same.settings
-    folders = {istn.run_folder(recipe, cohort, tmp_path) for recipe in recipes.values()}
+    folders = {networks.run_folder(recipe, cohort, tmp_path) for recipe in recipes.values()}
     assert len(folders) == len(bench.FORMS)
 
 
@@ -112,7 +112,7 @@ def test_a_quick_run_and_again(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_what_is_missing_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(istn, "load_cohort", lambda name: istn.stand_in(GRID))
+    monkeypatch.setattr(networks, "load_cohort", lambda name: networks.stand_in(GRID))
     with pytest.raises(FileNotFoundError) as missing:
         bench.load(tmp_path / "none.safetensors")
     assert one_sentence(missing.value)

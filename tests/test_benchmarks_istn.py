@@ -12,7 +12,7 @@ import pytest
 import torch
 from truths.fields import one_sentence
 
-from benchmarks import istn, istn_brains, istn_slices, istn_trees, tables
+from benchmarks import istn_brains, istn_slices, istn_trees, networks, tables
 from regteach.affine import Affine
 from regteach.checkpoints import Model, save_model
 from regteach.data.brains import donor_folds
@@ -34,7 +34,7 @@ def trees() -> Trees:
 
 @pytest.fixture(scope="module")
 def cohort() -> Cohort:
-    return istn.stand_in(SOLID, people=6)
+    return networks.stand_in(SOLID, people=6)
 
 
 def shift(*mm: float) -> Affine:
@@ -118,12 +118,12 @@ def test_the_authors_distance_counts_all_pixels_both_ways() -> None:
 
 
 def test_label_figures_of_a_shifted_box() -> None:
-    base = istn.stand_in(SOLID, people=6)
+    base = networks.stand_in(SOLID, people=6)
     labels = torch.zeros_like(base.labels)
     labels[4, 4:8, 4:8, 4:8] = 1
     labels[5, 5:9, 4:8, 4:8] = 1
     boxes = replace(base, labels=labels)
-    figures = istn.label_figures(boxes, CPU)
+    figures = networks.label_figures(boxes, CPU)
     still = figures(4, 5, Identity(3))
     assert still["dice"] == pytest.approx(0.75)  # 3 of 4 slices in common; the other label is nowhere
     assert 0 < still["asd"] < 3
@@ -134,14 +134,14 @@ def test_label_figures_of_a_shifted_box() -> None:
 
 
 def test_each_way_is_measured_on_its_own_transform_and_time(cohort: Cohort) -> None:
-    model = istn.untrained(istn.small(istn.find_recipe("istn-donors-bspline-supervised"), cohort).config)
+    model = networks.untrained(networks.small(networks.find_recipe("istn-donors-bspline-supervised"), cohort).config)
     pairs = cohort.pairs("test")
     ways = {"one pass": None, "none": Refinement(0), "refined": Refinement(6, rate=0.05)}
-    found = istn.registered(model, cohort, pairs, ways, istn.label_figures(cohort, CPU), CPU)
-    still = istn.known(cohort, pairs, istn.label_figures(cohort, CPU))
+    found = networks.registered(model, cohort, pairs, ways, networks.label_figures(cohort, CPU), CPU)
+    still = networks.known(cohort, pairs, networks.label_figures(cohort, CPU))
     assert {key: found["one pass"][key] for key in still} == still  # untrained is the identity
     assert {key: found["none"][key] for key in still} == still
-    assert istn.mean(found["refined"]["dice"]) > istn.mean(still["dice"]) + 0.02
+    assert networks.mean(found["refined"]["dice"]) > networks.mean(still["dice"]) + 0.02
     for figures in found.values():
         assert all(len(values) == len(pairs) for values in figures.values())
         assert all(value > 0 for key in ("seconds", "wall") for value in figures[key])
@@ -149,24 +149,26 @@ def test_each_way_is_measured_on_its_own_transform_and_time(cohort: Cohort) -> N
 
 
 def test_the_ceiling_sees_the_maps_and_nothing_else(cohort: Cohort) -> None:
-    recipe = istn.small(istn.find_recipe("istn-donors-bspline-explicit"), cohort)
+    recipe = networks.small(networks.find_recipe("istn-donors-bspline-explicit"), cohort)
     best = {"refined": Refinement(30, rate=0.05)}
-    measure = istn.label_figures(cohort, CPU)
+    measure = networks.label_figures(cohort, CPU)
     blank = replace(cohort, images=torch.zeros_like(cohort.images))
     seen, unseen = (
-        istn.registered(istn.untrained(recipe.config), one, one.pairs("test"), best, measure, CPU, soi=True)["refined"]
+        networks.registered(networks.untrained(recipe.config), one, one.pairs("test"), best, measure, CPU, soi=True)[
+            "refined"
+        ]
         for one in (cohort, blank)
     )
-    still = istn.known(cohort, cohort.pairs("test"), measure)
+    still = networks.known(cohort, cohort.pairs("test"), measure)
     assert seen["dice"] == unseen["dice"]
     assert min(seen["dice"]) > 0.8 > max(still["dice"])
-    wanted = istn.ceiling(Refinement(50, "weights", focus_mm=4.0, coarsen=2), quick=False)
-    assert wanted == Refinement(istn.CEILING_STEPS)
+    wanted = networks.ceiling(Refinement(50, "weights", focus_mm=4.0, coarsen=2), quick=False)
+    assert wanted == Refinement(networks.CEILING_STEPS)
 
 
 def test_pooling_and_summing_up() -> None:
     folds = [{"a": {"dice": [0.5, 0.7], "seconds": [9.0, 1.0]}}, {"a": {"dice": [0.9], "seconds": [2.0]}}]
-    total = istn.summary(istn.pooled(folds)["a"])
+    total = networks.summary(networks.pooled(folds)["a"])
     assert total == {"dice": pytest.approx(0.7), "seconds": 2.0, "dice_sd": pytest.approx(0.2), "pairs": 3}
 
 
@@ -174,7 +176,7 @@ def test_pooling_and_summing_up() -> None:
 
 
 def test_another_training_has_another_folder(cohort: Cohort, tmp_path: Path) -> None:
-    recipe = istn.small(istn.find_recipe("istn-donors-affine-explicit"), cohort)
+    recipe = networks.small(networks.find_recipe("istn-donors-affine-explicit"), cohort)
     other = replace(cohort, splits={**cohort.splits, "train": (0,)})
     changed = [
         (replace(recipe, bending=recipe.bending + 1), cohort),
@@ -183,10 +185,10 @@ def test_another_training_has_another_folder(cohort: Cohort, tmp_path: Path) -> 
         (replace(recipe, settings=replace(recipe.settings, seed=1)), cohort),
         (recipe, other),
     ]
-    folders = [istn.run_folder(*each, tmp_path) for each in [(recipe, cohort), *changed]]
+    folders = [networks.run_folder(*each, tmp_path) for each in [(recipe, cohort), *changed]]
     assert len(set(folders)) == len(folders)
     refined = replace(recipe, refinement=Refinement(99))  # takes no part in training
-    assert istn.run_folder(refined, cohort, tmp_path) == folders[0]
+    assert networks.run_folder(refined, cohort, tmp_path) == folders[0]
 
 
 def test_a_killed_benchmark_goes_on_to_the_same_numbers(
@@ -202,7 +204,7 @@ def test_a_killed_benchmark_goes_on_to_the_same_numbers(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(istn, "line", killed)
+        patch.setattr(networks, "line", killed)
         with pytest.raises(KeyboardInterrupt):
             run(istn_trees.main, tmp_path, *chosen, runs="killed")
     capsys.readouterr()
@@ -219,7 +221,7 @@ def test_a_killed_benchmark_goes_on_to_the_same_numbers(
 def test_one_person_to_validate_is_paired_with_those_trained_on(cohort: Cohort) -> None:
     fold = donor_folds(cohort)[1]
     (alone,) = fold.splits["validation"]
-    pairs = istn.with_trained_people(fold)
+    pairs = networks.with_trained_people(fold)
     assert len(pairs) == len(set(pairs)) == 2 * len(fold.splits["train"])
     assert all(alone in pair and set(pair) - {alone} <= set(fold.splits["train"]) for pair in pairs)
 
@@ -279,12 +281,12 @@ def test_slices(tmp_path: Path) -> None:
 def test_a_model_from_a_file_beside_other_tools(
     cohort: Cohort, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(istn, "ceiling", lambda refinement, quick: replace(refinement, steps=3))
+    monkeypatch.setattr(networks, "ceiling", lambda refinement, quick: replace(refinement, steps=3))
     monkeypatch.setattr(istn_brains, "CORES", 1)  # two threads wait for each other where the machine is busy
-    recipe = istn.small(istn.find_recipe("istn-hippocampus"), cohort)
+    recipe = networks.small(networks.find_recipe("istn-hippocampus"), cohort)
     save_model(
         tmp_path / "istn-hippocampus.safetensors",
-        Model("istn-hippocampus", istn.untrained(recipe.config), Refinement(3)),
+        Model("istn-hippocampus", networks.untrained(recipe.config), Refinement(3)),
     )
     options = istn_brains.Options(weights=tmp_path, pairs=1, device="cpu")
     (table,), records = istn_brains.as_shipped("istn-hippocampus", cohort, options)
@@ -399,7 +401,9 @@ def test_a_table_without_data_is_a_sentence(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("REGTEACH_DATA", str(tmp_path))
-    monkeypatch.setattr(istn, "load_cohort", istn.load_cohort.__wrapped__)  # what was read before does not count
+    monkeypatch.setattr(
+        networks, "load_cohort", networks.load_cohort.__wrapped__
+    )  # what was read before does not count
     file = tmp_path / "result.json"
     record = main([*arguments, "--json", str(file), "--runs", str(tmp_path / "runs")])
     assert not record["records"]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from truths.fields import one_sentence
 
-from benchmarks import changes, istn, istn_stress
+from benchmarks import changes, istn_stress, networks
 from benchmarks.changes import NONE, Scene
 from regteach.affine import Affine
 from regteach.data.cohort import Cohort
@@ -34,7 +34,7 @@ def scenes(trees: Trees) -> dict[str, Scene]:
 
 @pytest.fixture(scope="module")
 def cohort() -> Cohort:
-    return istn.stand_in(Grid((24, 28, 24)), people=6)
+    return networks.stand_in(Grid((24, 28, 24)), people=6)
 
 
 # ---- what is changed ----
@@ -138,10 +138,10 @@ def test_every_training_takes_the_same_steps_and_has_its_own_folder(trees: Trees
             recipe = istn_stress.recipe(name, chosen, 0, options)
             assert recipe.settings.steps == recipe.settings.validate_every == istn_stress.SETTINGS.steps
             assert recipe.config.grid == trees.grid
-            folders.add(istn.run_folder(recipe, chosen, tmp_path))
+            folders.add(networks.run_folder(recipe, chosen, tmp_path))
     assert len(folders) == 2 * len(istn_stress.TRAININGS)
     shift = istn_stress.recipe("ISTN-e", trees, 0, options).config.stages[0].bounds.translation_mm  # type: ignore[union-attr]
-    assert shift == 0.5 * istn.find_recipe("istn-trees-affine-explicit").config.stages[0].bounds.translation_mm  # type: ignore[union-attr]
+    assert shift == 0.5 * networks.find_recipe("istn-trees-affine-explicit").config.stages[0].bounds.translation_mm  # type: ignore[union-attr]
 
 
 def test_figures_of_a_known_error(trees: Trees, scenes: dict[str, Scene]) -> None:
@@ -223,7 +223,7 @@ def test_changes_and_the_shipped_model(tmp_path: Path) -> None:
 
 def test_without_data_the_trees_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REGTEACH_DATA", str(tmp_path))
-    monkeypatch.setattr(istn, "load_cohort", istn.load_cohort.__wrapped__)
+    monkeypatch.setattr(networks, "load_cohort", networks.load_cohort.__wrapped__)
     record = istn_stress.main(["--parts", "hippocampus", "--device", "cpu", "--runs", str(tmp_path / "runs")])
     (table,) = record["tables"]
     assert "left out" in table["title"]

@@ -36,7 +36,7 @@ def test_a_quick_run_writes_its_tables(tmp_path: Path) -> None:
 
 def test_the_plain_form_is_scaled_up_from_the_voxels_it_was_run_on(monkeypatch: pytest.MonkeyPatch) -> None:
     case = benchmark.Case.of(benchmark.TINY, 40, 8, CPU)
-    monkeypatch.setattr(benchmark, "timed", lambda compute, device: (compute(), 2.0))
+    monkeypatch.setattr(benchmark, "timed", lambda compute, device: (compute(), {"seconds": 2.0, "wall": 3.0}))
     record = benchmark.dense(case, 5, OPTIONS)
     assert record["plain_voxels"] == 100
     assert record["plain_seconds"] == pytest.approx(2.0 * benchmark.TINY.size / 100)

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import inspect
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from truths.fields import one_sentence
 from regteach import objectives
 from regteach.affine import Affine
 from regteach.grid import Grid
+from regteach.nets.georeg import GeoReg, GeoRegConfig
 from regteach.nets.istn import ISTN, AffineStage, ISTNConfig, SplineStage
+from regteach.nets.voxelmorph import VoxelMorph, VoxelMorphConfig
 from regteach.refinement import Refined, Refinement, refine
 from regteach.regularity import bending_energy_spline_plain
 from regteach.result import Result
@@ -397,3 +400,32 @@ def test_settings_that_mean_nothing_get_one_sentence():
     with pytest.raises(ValueError) as caught:
         Refinement(steps=-1)
     assert one_sentence(caught.value, "-1")
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda grid: GeoReg(GeoRegConfig(grid, (4, 8, 8), (0, 3, 3), (3, 3))),
+        lambda grid: VoxelMorph(VoxelMorphConfig(grid, widths=(4, 8))),
+        lambda grid: VoxelMorph(VoxelMorphConfig(grid, widths=(4, 8), steps=4)),
+    ],
+    ids=["georeg", "voxelmorph", "velocity"],
+)
+def test_steps_are_joined_as_their_network_joins_them(model, mode):
+    """Displacements of a GeoReg add up over its levels: composed, they would be another transform."""
+    torch.manual_seed(0)
+    grid = Grid((32, 24), (1.0, 1.5))
+    network = model(grid).eval()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    moving, fixed = torch.rand(2, 2, 1, *grid.shape)
+    start = network(moving, fixed, grid)
+    assert both(start, grid).abs().max() > 0.05
+    settings = Refinement(steps=0, mode=mode)
+    refined = refine(network, start, grid, settings).result
+    torch.testing.assert_close(both(refined, grid), both(start, grid), rtol=0, atol=1e-5)
+    assert [step.join for step in refined.steps] == [step.join for step in start.steps]
+    one_step = refine(network, start, grid, replace(settings, steps=1, rate=1e-7)).result
+    torch.testing.assert_close(both(one_step, grid), both(start, grid), rtol=0, atol=1e-2)

@@ -1,4 +1,4 @@
-"""What the three benchmarks of ISTN share: trainings that are kept, and pairs registered one by one.
+"""What the benchmarks of networks share: trainings that are kept, and pairs registered one by one.
 
 A training is kept in a folder of ``--runs`` whose name holds the recipe, the data, the seed and a fingerprint of all
 that the training depends on: started again, a benchmark goes on where it was killed, and a recipe or a split that has
@@ -12,7 +12,6 @@ clock on a GPU; "wall" is always the clock.
 import hashlib
 import json
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -21,7 +20,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import hardware
+from benchmarks.harness import hardware, timed
 from benchmarks.tables import mean, spread
 from regteach import metrics
 from regteach.checkpoints import Config, network
@@ -191,13 +190,6 @@ def known(
     return {key: [row[key] for row in rows] for key in rows[0]}
 
 
-def timed(compute: Callable[[], Any], device: torch.device) -> tuple[Any, dict[str, float]]:
-    """What it computes, and the time that it takes."""
-    start, wall = _now(device), time.perf_counter()
-    value = compute()
-    return value, {"seconds": _now(device) - start, "wall": time.perf_counter() - wall}
-
-
 def label_figures(cohort: Cohort, device: torch.device) -> PairFigures:
     """Dice and surface distance, mean over the structures, labels warped by nearest voxel; folding."""
 
@@ -276,13 +268,6 @@ def small(recipe: Recipe, cohort: Cohort) -> Recipe:
         augmentation=replace(recipe.augmentation, synthetic=0.0),
         refinement=replace(recipe.refinement, steps=3),
     )
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        return time.perf_counter()
-    return time.process_time()
 
 
 __all__ = [

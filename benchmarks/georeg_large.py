@@ -1,0 +1,351 @@
+"""Large deformations of known truth: who finds them, and who loses the way.
+
+    python -m benchmarks.georeg_large [--quick] [--json FILE] [--sets digits slices] [--seeds 0 1 2] [--steps N]
+
+Images of test people are read at deformations of five families (:mod:`regteach.data.large`) in three ranges each; every
+method gets the image and its deformed copy, and is measured against the exact truth:
+
+- nothing;
+- affine: found on the pair itself, from coarse to fine;
+- free-form: cubic B-splines after that affine, found on the pair itself, from coarse to fine;
+- U-Net: both images into one network (VoxelMorph-style), one pass;
+- feature warping: GeoReg whose moving features are resampled at the points, where GeoReg moves the points; one pass;
+- GeoReg, one pass.
+
+The three networks learn from the same synthetic pairs of training people, all families and ranges in equal parts,
+from the images alone, by the same similarity and with as many steps and pairs a step. Choices were made on validation
+people.
+
+Measured are HD95 of the structures, labels warped by nearest voxel (one that the warp loses counts as far off as the
+image is long, its diagonal); the end-point error, mean over the object (grey value above 0.1) where its partner lies
+inside the moving image; folding, of the whole image; seconds a pair, in batches of all pairs of a family and range.
+
+Source: the families follow Sideri-Lampretsa et al., arXiv 2412.13294, Table 3; its numbers are lost.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import Tensor
+
+from benchmarks import networks, tables
+from benchmarks.harness import timed
+from benchmarks.networks import Figures, Recipe
+from benchmarks.tables import Table, mean, number
+from regteach import bspline, metrics, objectives
+from regteach.affine import AffineBounds
+from regteach.checkpoints import Config
+from regteach.data.cohort import SPLITS, Cohort
+from regteach.data.large import FAMILIES, RANGES, Deformed, deformed, visible
+from regteach.grid import Grid
+from regteach.nets.georeg import GeoRegConfig
+from regteach.nets.istn import count_parameters
+from regteach.nets.voxelmorph import VoxelMorphConfig
+from regteach.refinement import Refinement, refine
+from regteach.result import Result, Step, assemble
+from regteach.sampling import warp
+from regteach.training import Settings
+from regteach.transforms import FreeForm, Identity, Transform, displacement, jacobian_determinant
+
+NOTHING, AFFINE, SPLINE, UNET, ABLATION, GEOREG = (
+    "nothing", "affine", "free-form", "U-Net", "feature warping", "GeoReg",
+)  # fmt: skip
+METHODS = (NOTHING, AFFINE, SPLINE, UNET, ABLATION, GEOREG)
+LEARNED = (UNET, ABLATION, GEOREG)
+CASES = tuple((family, level) for level in RANGES for family in FAMILIES)
+OBJECT = 0.1  # grey value above which a voxel is part of the object
+TEST_SEED = 1000  # of the test deformations; those for training count from 0
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is registered, and how the networks for it are made.
+
+    Args:
+        load: the undeformed images.
+        georeg: GeoReg's configuration; the grid is set when the images are there.
+        unet: channels of the U-Net, chosen to give about as many parameters.
+        settings: of all three trainings.
+        train: deformed copies of training and of validation people, for each family and range.
+        copies: of each image among them.
+        test: pairs for each family and range.
+        bending: weight of the bending energy in all trainings, mm^2.
+        spacings: control spacings of the free-form deformation, as parts of the shortest side, coarse to fine.
+        spline_bending: weight of its bending energy, mm^2.
+        coarsen: averages over so many voxels that the optimisations look at, one after the other.
+    """
+
+    load: Callable[[], Cohort]
+    georeg: GeoRegConfig
+    unet: tuple[int, ...]
+    settings: Settings
+    train: int
+    copies: int
+    test: int
+    bending: float
+    spacings: tuple[float, ...] = (1 / 4, 1 / 8)
+    spline_bending: float = 0.1
+    coarsen: tuple[int, ...] = (4, 2, 1)
+
+
+@dataclass(frozen=True)
+class Options(networks.Options):
+    """Command line.
+
+    Args:
+        recipes: only the methods whose names contain one of these.
+        sets: what is registered: "digits", "slices", "hippocampus" (3D; slow on a CPU).
+        seeds: of the trainings on digits; all other sets take the first.
+    """
+
+    sets: tuple[str, ...] = ("digits", "slices")
+    seeds: tuple[int, ...] = (0, 1, 2)
+
+
+# ---- images ----
+
+
+def padded(cohort: Cohort, by: int) -> Cohort:
+    """The cohort with ``by`` voxels of background on every side, and no pairs of its own."""
+
+    def wider(maps: Tensor) -> Tensor:
+        return F.pad(maps, (by,) * (2 * cohort.grid.dim))
+
+    return replace(
+        cohort, images=wider(cohort.images), soi=wider(cohort.soi), labels=wider(cohort.labels),
+        grid=cohort.grid.padded(by, by), tissue=None, given_pairs={},
+    )  # fmt: skip
+
+
+def coarser(cohort: Cohort, factor: int) -> Cohort:
+    """The cohort averaged over cubes of ``factor`` voxels; a voxel has the label that fills half of it."""
+    soi = objectives.averaged(cohort.soi, factor)
+    names = torch.tensor(list(cohort.structures))
+    labels = torch.where(soi.amax(1) >= 0.5, names[soi.argmax(1)], 0)
+    images, grid = objectives.averaged(cohort.images, factor), cohort.grid.coarsened(factor)
+    return replace(cohort, images=images, soi=soi, labels=labels, grid=grid, tissue=None, given_pairs={})
+
+
+def mixture(cohort: Cohort, count: int, copies: int) -> Cohort:
+    """Pairs to train and to validate on: all families and ranges in equal parts.
+
+    Args:
+        cohort: undeformed.
+        count: pairs for each family and range to train on; a fifth as many validate.
+        copies: deformed copies of each image.
+    """
+    images = -(-count // copies)
+    limits = {"train": images, "validation": -(-images // 5), "test": 0}
+    parts = [
+        deformed(cohort, family, level, seed, copies, limits=_at_most(cohort, limits))
+        for seed, (family, level) in enumerate(CASES)
+    ]
+    return together(f"{cohort.name}, deformed {count} x {copies}", parts)
+
+
+def together(name: str, parts: Sequence[Cohort]) -> Cohort:
+    """Several cohorts of the same people as one, with the pairs of all."""
+    starts = [sum(len(part.people) for part in parts[:k]) for k in range(len(parts))]
+    first = parts[0]
+
+    def every(split: str) -> tuple[tuple[int, int], ...]:
+        return tuple(
+            (m + start, f + start)
+            for part, start in zip(parts, starts, strict=True)
+            for m, f in part.given_pairs.get(split, ())
+        )
+
+    pairs = {split: every(split) for split in SPLITS}
+    return replace(
+        first,
+        name=name,
+        images=torch.cat([part.images for part in parts]),
+        soi=torch.cat([part.soi for part in parts]),
+        labels=torch.cat([part.labels for part in parts]),
+        people=tuple(person for part in parts for person in part.people),
+        splits={split: tuple(sorted({i for pair in chosen for i in pair})) for split, chosen in pairs.items()},
+        given_pairs=pairs,
+    )  # fmt: skip
+
+
+def to_test(cohort: Cohort, family: str, level: str, count: int, split: str = "test") -> Deformed:
+    """``count`` pairs of one family and range, as many of each person as it takes."""
+    images = min(count, len(cohort.splits[split]))
+    seed = TEST_SEED + CASES.index((family, level))
+    limits = {name: images if name == split else 0 for name in cohort.splits}
+    return deformed(cohort, family, level, seed, -(-count // images), limits=limits)
+
+
+def _at_most(cohort: Cohort, limits: Mapping[str, int]) -> dict[str, int]:
+    return {split: min(count, len(cohort.splits[split])) for split, count in limits.items()}
+
+
+# ---- what is measured ----
+
+
+@torch.no_grad()
+def figures(cohort: Deformed, pairs: networks.Pairs, transform: Transform) -> Figures:
+    """HD95 (mm), end-point error over the object (mm), folding (%), and structures lost, one number a pair.
+
+    Args:
+        cohort: with the truths.
+        pairs: (moving, fixed).
+        transform: of all pairs, a batch of one or of as many, on the CPU.
+    """
+    grid, (moving, fixed) = cohort.grid, (list(side) for side in zip(*pairs, strict=True))
+    truths = [cohort.truth(*pair) for pair in pairs]
+    field = displacement(transform, grid).expand(len(pairs), *grid.shape, grid.dim)
+    exact = torch.cat([displacement(truth, grid) for truth in truths])
+    seen = torch.cat([visible(truth, grid) for truth in truths])
+    error = metrics.end_point_error(field, exact, seen & (cohort.images[fixed].amax(1, keepdim=True) > OBJECT))
+
+    labels = cohort.labels[moving][:, None].float()
+    warped = warp(labels, transform, grid, order=0, padding="zeros").round().long()
+    distances = torch.stack(
+        list(metrics.hausdorff95(warped, cohort.labels[fixed][:, None], grid, cohort.structures).values())
+    )
+    lost, diagonal = distances.isinf(), math.hypot(*grid.extent)
+    det = jacobian_determinant(transform, grid).expand(len(pairs), *grid.shape)
+    return {
+        "hd95": torch.where(lost, diagonal, distances).nanmean(0).tolist(),
+        "error": error.tolist(),
+        "folding": metrics.folding_percent(det).tolist(),
+        "lost": lost.sum(0).double().tolist(),
+    }
+
+
+# ---- what is optimised on the pair ----
+
+
+def optimised(moving: Tensor, fixed: Tensor, grid: Grid, setup: Setup, splines: bool) -> Transform:
+    """Affine, and splines after it: each pair for itself, by Adam, from coarse to fine.
+
+    Args:
+        moving, fixed: ``b 1 *grid``.
+        grid: of both.
+        setup: says how.
+        splines: False stops after the affine.
+    """
+    side = min(grid.extent)
+    bounds = AffineBounds(side / 3, 60.0, 2.0, 45.0)  # well beyond what the families do
+    start = moving.new_zeros(len(moving), sum(bounds.counts(grid.dim)))
+    steps: tuple[Step, ...] = (Step(start, partial(_affine, bounds=bounds, grid=grid)),)
+    similarity = setup.georeg.similarity
+
+    def descend(steps: tuple[Step, ...], settings: Refinement) -> tuple[Step, ...]:
+        found = Result(assemble(steps), (moving, fixed), steps)
+        compare = partial(objectives.image_refinement, similarity=similarity)
+        return refine(_NoNetwork(), found, grid, settings, compare).result.steps
+
+    for factor in setup.coarsen:
+        steps = descend(steps, Refinement(100, rate=0.03, coarsen=factor))
+    if splines:
+        for part, factor in zip(setup.spacings, setup.coarsen[-len(setup.spacings) :], strict=True):
+            ctrl = bspline.control_grid(grid, part * side)
+            own = Step(moving.new_zeros(len(moving), *ctrl.shape, grid.dim), partial(_spline, grid=ctrl))
+            steps = descend((*steps, own), Refinement(100, rate=0.03, bending=setup.spline_bending, coarsen=factor))
+    return assemble(steps)
+
+
+def _affine(logits: Tensor, bounds: AffineBounds, grid: Grid) -> Transform:
+    return bounds.parts(logits, grid.dim).about(grid.centre)
+
+
+def _spline(coefficients: Tensor, grid: Grid) -> Transform:
+    return FreeForm(coefficients * min(grid.spacing), grid)
+
+
+class _NoNetwork:
+    """Refinement of parameters never asks the model."""
+
+    def align(self, moving: Tensor, fixed: Tensor, grid: Grid) -> Result:
+        raise NotImplementedError
+
+
+# ---- what is trained ----
+
+
+def recipe_of(method: str, setup: Setup, cohort: Cohort, seed: int, steps: int | None = None) -> Recipe:
+    """The training of one network: the same for all but the network itself."""
+    georeg = replace(setup.georeg, grid=cohort.grid)
+    config: dict[str, Config] = {
+        UNET: VoxelMorphConfig(cohort.grid, setup.unet, finest=0, similarity=georeg.similarity),
+        ABLATION: replace(georeg, moves="features"),
+        GEOREG: georeg,
+    }
+    settings = replace(setup.settings, seed=seed)
+    if steps is not None:
+        settings = replace(settings, steps=steps)
+    name = f"large-{method.lower().replace(' ', '-')}"
+    data = cohort.name.split(",")[0]
+    return Recipe(name, data, "unsupervised", config[method], settings, bending=setup.bending)
+
+
+def finders(
+    setup: Setup, cohort: Cohort, seeds: Sequence[int], options: Options
+) -> list[tuple[dict[str, Any], Callable[[Tensor, Tensor], Transform]]]:
+    """Every method, and every seed of those that are trained: what it is, and how it registers a batch of images."""
+    grid, device = cohort.grid, torch.device(options.device)
+    found: list[tuple[dict[str, Any], Callable[[Tensor, Tensor], Transform]]] = []
+    methods = wanted(options)
+    pool = mixture(cohort, setup.train, setup.copies) if set(methods) & set(LEARNED) else cohort
+    for method in methods:
+        if method == NOTHING:
+            found.append(({"method": method}, lambda moving, fixed: Identity(grid.dim)))
+        elif method not in LEARNED:
+            splines = method == SPLINE
+            find = partial(optimised, grid=grid, setup=setup, splines=splines)
+            found.append(({"method": method}, lambda moving, fixed, find=find: find(moving, fixed)))
+        else:
+            for seed in seeds:
+                done = networks.trained(recipe_of(method, setup, pool, seed, options.steps), pool, options.runs)
+                network = done.model.to(device)
+                told = {"method": method, "seed": seed, "parameters": count_parameters(network)}
+                told |= {"training_seconds_wall": done.seconds, "best_step": done.best["step"]}
+                found.append((told, partial(_one_pass, network=network, grid=grid)))
+    return found
+
+
+@torch.no_grad()
+def _one_pass(moving: Tensor, fixed: Tensor, network: Any, grid: Grid) -> Transform:
+    transform: Transform = network(moving, fixed, grid).transform
+    return transform
+
+
+def wanted(options: Options) -> list[str]:
+    """The methods that the command line asks for.
+
+    Raises:
+        ValueError: if a part is in no method's name.
+    """
+    for part in options.recipes:
+        if not any(part.lower() in method.lower() for method in METHODS):
+            raise ValueError(f"No method has {part!r} in its name; they are {', '.join(METHODS)}.")
+    return [m for m in METHODS if not options.recipes or any(p.lower() in m.lower() for p in options.recipes)]
+
+
+def rows_of(name: str, setup: Setup, options: Options, split: str = "test") -> tuple[list[dict[str, Any]], Cohort]:
+    """Means over the pairs of each method, seed, family and range."""
+    cohort = setup.load()
+    seeds = options.seeds if name == "digits" else options.seeds[:1]
+    device, rows = torch.device(options.device), []
+    methods = finders(setup, cohort, seeds, options)
+    for family, level in CASES:
+        test = to_test(cohort, family, level, setup.test, split)
+        pairs = test.pairs(split)
+        moving, fixed = (test.images[list(side)].to(device) for side in zip(*pairs, strict=True))
+        for told, find in methods:
+            if (family, level) == CASES[0]:
+                find(moving[:1], fixed[:1])  # warms up
+            transform, spent = timed(partial(find, moving, fixed), device)
+            measured = figures(test, pairs, networks_to_cpu(transform))
+            row = {"set": name, "family": family, "range": level, **told, "pairs": len(pairs)}
+            row |= {key: mean(values) for key, values in measured.items()}
+            rows.append(row | {key: value / len(pairs) for key, value in spent.items()})
+    return rows, cohort
