@@ -3,6 +3,8 @@
 The features of both images are computed once. Then Adam turns either
 
 - the transform's own parameters, starting from what the network predicted (``"parameters"``), or
+- the displacement that the network predicted, and small ones composed with it, which start at zero, on grids four and
+  two times as coarse and on the same grid (``"corrections"``), or
 - the weights of the part of the network that predicts them (``"weights"``, as in the ISTN paper),
 
 so that the loss of the test images falls. The engine is the same for every model of the package: it knows a
@@ -10,12 +12,15 @@ so that the loss of the test images falls. The engine is the same for every mode
 once give the same numbers as one by one.
 
 Source: Lee et al., Image-and-Spatial Transformer Networks, MICCAI 2019, section 2.3 (weights; a fresh Adam at the
-training rate, 50 steps, ITN fixed). Refining the parameters is ours: it is faster, and forgets nothing.
+training rate, 50 steps, ITN fixed). Refining the parameters is ours: it is faster, and forgets nothing. So are the
+corrections: of parameters that add up, as those of a GeoReg, the finest ones soon fold; smooth ones that are composed
+do so later.
 """
 
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -25,9 +30,10 @@ from torch import Tensor
 from regteach import objectives
 from regteach.grid import Grid
 from regteach.result import Result, Step, assemble
-from regteach.transforms import Transform
+from regteach.transforms import Dense, Transform, displacement
 
-MODES = ("parameters", "weights")
+MODES = ("parameters", "corrections", "weights")
+COARSER = (4, 2, 1)  # how many voxels an interval of the corrections' grids spans, where the grid can be halved so
 Loss = Callable[[tuple[Tensor, Tensor], Transform, Grid, objectives.Focus | None], Float[Tensor, "b"]]
 
 
@@ -44,8 +50,9 @@ class Refinement:
 
     Args:
         steps: of Adam.
-        mode: "parameters" or "weights".
-        rate: step size of Adam, in the unit of the parameters (a bound's fraction, near 0) or of the weights.
+        mode: "parameters", "corrections" or "weights".
+        rate: step size of Adam, in the unit of the parameters (a bound's fraction, near 0; mm for displacements) or of
+            the weights.
         bending: weight of the bending energy, mm^2.
         focus_mm: look only this far around what the maps show; 0 looks everywhere. Faster, and the same where the maps
             are empty elsewhere.
@@ -66,7 +73,7 @@ class Refinement:
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
-            raise ValueError(f"Refinement turns the {' or the '.join(MODES)}, not {self.mode!r}.")
+            raise ValueError(f"Refinement turns the {', the '.join(MODES[:-1])} or the {MODES[-1]}, not {self.mode!r}.")
         if self.steps < 0:
             raise ValueError(f"A refinement has 0 steps or more, not {self.steps}.")
 
@@ -111,8 +118,9 @@ def refine(
     features = (result.features[0].detach(), result.features[1].detach())
     # Outside of mixed precision, whoever calls: coordinates need all the digits of float32.
     with torch.autocast(features[0].device.type, enabled=False):
-        if settings.mode == "parameters":
-            return _refine_parameters(result.steps, features, grid, settings, loss, watch)
+        if settings.mode != "weights":
+            steps = result.steps if settings.mode == "parameters" else corrections(result.transform, grid)
+            return _refine_parameters(steps, features, grid, settings, loss, watch)
         if watch is not None and len(features[0]) > 1:
             raise ValueError("Weights are refined pair by pair: watch one pair at a time.")
         pairs = [(features[0][i : i + 1], features[1][i : i + 1]) for i in range(len(features[0]))]
@@ -128,6 +136,25 @@ def refine(
             torch.cat(curves, 1),
             torch.cat([one.stopped for one in each]),
         )
+
+
+@torch.no_grad()
+def corrections(transform: Transform, grid: Grid) -> tuple[Step, ...]:
+    """A transform as one displacement, mm, and corrections of it, zero at first, coarse to fine.
+
+    Args:
+        transform: fixed to moving.
+        grid: of the displacement, and of the finest correction.
+    """
+    found = displacement(transform, grid)
+    grids = [
+        grid.coarsened(factor) for factor in COARSER if all(n % factor == 0 and n >= 2 * factor for n in grid.shape)
+    ]
+    return (_dense(found, grid), *(_dense(found.new_zeros(len(found), *g.shape, g.dim), g) for g in grids))
+
+
+def _dense(own: Tensor, grid: Grid) -> Step:
+    return Step(own, partial(Dense, grid=grid))
 
 
 def _refine_parameters(
