@@ -22,6 +22,8 @@ from regteach.grid import Grid
 from regteach.nets.blocks import fast_layout
 from regteach.nets.georeg import GeoReg, GeoRegConfig
 from regteach.nets.istn import ISTN, ISTNConfig
+from regteach.nets.kernel import KernelConfig, LearnedKernel
+from regteach.nets.keypoint_kernel import KeypointKernel, KeypointKernelConfig
 from regteach.nets.voxelmorph import VoxelMorph, VoxelMorphConfig
 from regteach.refinement import Refinement
 from regteach.training import write_whole
@@ -34,8 +36,13 @@ KINDS: dict[str, tuple[type[nn.Module], Callable[[dict[str, Any]], Any]]] = {
     "istn": (ISTN, ISTNConfig.from_dict),
     "georeg": (GeoReg, GeoRegConfig.from_dict),
     "voxelmorph": (VoxelMorph, VoxelMorphConfig.from_dict),
+    "kernel": (LearnedKernel, KernelConfig.from_dict),
+    "keypoint_kernel": (KeypointKernel, KeypointKernelConfig.from_dict),
 }
-Config = ISTNConfig | GeoRegConfig | VoxelMorphConfig
+Config = (
+    ISTNConfig | GeoRegConfig | VoxelMorphConfig | KeypointKernelConfig
+)  # of networks that take two images on a grid
+AnyConfig = Config | KernelConfig
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +51,7 @@ class Model:
 
     Args:
         name: of the weights.
-        network: takes moving, fixed, grid; in evaluation mode.
+        network: takes moving, fixed, grid; or, without images, keypoints (``network.reconstruct``); in evaluation mode.
         refinement: recommended at test time.
         card: recipe, data, split, seed, figures, hardware, time: whatever its maker wrote down.
     """
@@ -56,9 +63,24 @@ class Model:
 
     @property
     def grid(self) -> Grid:
-        """The grid that images are brought to."""
+        """The grid that images are brought to.
+
+        Raises:
+            ValueError: if the network takes no images.
+        """
+        if not hasattr(self.network.config, "grid"):
+            raise ValueError(
+                f"{self.name} works on keypoints and has no grid: it registers no images, but its network.reconstruct "
+                "turns displacements at keypoints into those at any points."
+            )
         grid: Grid = self.network.config.grid
         return grid
+
+    @property
+    def dim(self) -> int:
+        """2 or 3 axes."""
+        config = self.network.config
+        return config.dim if isinstance(config, KernelConfig) else self.grid.dim
 
     def to(self, device: torch.device | str) -> "Model":
         """The same on another device."""
@@ -66,10 +88,14 @@ class Model:
         return self
 
 
-def network(config: Config) -> nn.Module:
+def network(config: AnyConfig) -> nn.Module:
     """An untrained network of any kind."""
     if isinstance(config, ISTNConfig):
         return ISTN(config)
+    if isinstance(config, KernelConfig):
+        return LearnedKernel(config)
+    if isinstance(config, KeypointKernelConfig):
+        return KeypointKernel(config)
     return GeoReg(config) if isinstance(config, GeoRegConfig) else VoxelMorph(config)
 
 
@@ -156,7 +182,7 @@ def _read(path: Path) -> Model:
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise ValueError(f"{path.name} does not fit this version of the model ({_reason(error)}).") from None
     _check_finite(weights, path.name)
-    fast_layout(built, model.grid.dim)
+    fast_layout(built, model.dim)
     return model
 
 

@@ -7,7 +7,7 @@ not overlap at all, the same for a large structure and a small one, so one weigh
 hippocampus and a brain. Terms that move an image look at several scales at once (:func:`pyramid_mse`).
 
 Networks that learn from the images alone compare them after every step, at that step's own resolution
-(:func:`multiscale`).
+(:func:`multiscale`). The keypoint model is told where landmarks go (:func:`keypoints`).
 
 Sources: the four losses of ISTN are Lee et al., MICCAI 2019, section 2 (u: on the images; s: on the SoI; e, i: explicit
 and implicit); GeoReg: Sideri-Lampretsa et al., arXiv 2412.13294, eqs 8 to 10; bending energy: Rueckert et al., IEEE TMI
@@ -28,7 +28,7 @@ from torch import Tensor
 from regteach import regularity
 from regteach.grid import Grid
 from regteach.result import Result, Step, after_each, assemble, composed
-from regteach.sampling import warp
+from regteach.sampling import sample, warp
 from regteach.similarity import dissimilarity
 from regteach.transforms import Dense, FreeForm, Transform, Velocity, displacement
 
@@ -214,6 +214,41 @@ def _each_by_itself(steps: Sequence[Step]) -> tuple[Transform, ...]:
         )
         for k, own in enumerate(shapes)
     )
+
+
+def keypoints(
+    fields: Sequence[Callable[[Tensor], Tensor]],
+    marks: tuple[Float[Tensor, "n d"], Float[Tensor, "n d"]],
+    maps: tuple[Float[Tensor, "1 k *grid"], Float[Tensor, "1 k *grid"]],
+    grid: Grid,
+    points: Float[Tensor, "m d"],
+    smooth: float = 0.0,
+    image: float = 0.0,
+) -> dict[str, Float[Tensor, ""]]:
+    """L = mean over the scales of the landmarks' distances + bending + what the images say, of one pair, mm.
+
+    Args:
+        fields: displacement at points ``n d``, mm, after each scale; bending and images judge the last one.
+        marks: landmarks in the fixed and in the moving image, mm.
+        maps: of the moving and of the fixed image, the same for the same tissue.
+        grid: of the maps.
+        points: where the field and the maps are read, mm.
+        smooth: weight of the mean squared second difference over one voxel along each axis, per mm^2.
+        image: weight of the mean squared difference of the maps.
+    """
+    distances = [(marks[0] + field(marks[0]) - marks[1]).square().sum(1).clamp_min(1e-12).sqrt() for field in fields]
+    terms = {"landmarks": torch.stack(distances).mean()}
+    last = fields[-1]
+    here = last(points) if smooth or image else points
+    if smooth:
+        steps = torch.diag(points.new_tensor(grid.spacing))
+        around = [(last(points + h) - 2 * here + last(points - h)) / h.square().sum() for h in steps]
+        terms["bending"] = smooth * torch.stack(around).square().sum((0, 2)).mean()
+    if image:
+        moving, fixed = maps
+        seen = sample(moving, (points + here)[None], grid) - sample(fixed, points[None], grid)
+        terms["image"] = image * seen.square().mean()
+    return terms
 
 
 @dataclass(frozen=True)

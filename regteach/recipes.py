@@ -8,15 +8,18 @@ import difflib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from typing import Any
 
-from regteach import objectives
+from regteach import keypoint_task, objectives, points_task
 from regteach.affine import AffineBounds
 from regteach.checkpoints import Config
 from regteach.data.augment import Augmentation
 from regteach.data.cohort import Cohort, joined
 from regteach.grid import Grid
+from regteach.keypoint_task import KeypointRecipe
 from regteach.nets.georeg import GeoRegConfig
 from regteach.nets.istn import AffineStage, ISTNConfig, SplineStage, Stage
+from regteach.points_task import PointsRecipe
 from regteach.refinement import Refinement
 from regteach.training import Settings
 
@@ -35,6 +38,7 @@ class Recipe:
         bending: weight of the bending energy in training, mm^2.
         coarsen: in training, alignment is judged on maps averaged over cubes of this many voxels.
         refinement: what is recommended at test time.
+        start: name of a model that ships, whose weights training starts from.
     """
 
     name: str
@@ -46,6 +50,7 @@ class Recipe:
     bending: float = 0.0
     coarsen: int = 1
     refinement: Refinement = Refinement()
+    start: str = ""
 
 
 def _tree_cohort(kind: str) -> Cohort:
@@ -290,10 +295,11 @@ def _georeg() -> list[Recipe]:
         "brains",
         "unsupervised",
         brain,
-        replace(FAST, steps=1500, batch=1, validate_every=100),
+        replace(FAST, steps=250, batch=1, validate_every=50),
         Augmentation(3.0, 6.0, 1.06, 0.03, 2.0, 24.0, gamma=0.2, noise=0.02),
         bending=1.0,
-        refinement=Refinement(50, rate=0.1, bending=1.0),
+        refinement=Refinement(50, "corrections", rate=0.2, bending=3.0),
+        start="georeg-hippocampus",  # matching is learned once: whole brains take longer than many small crops
     )
     return [
         Recipe(
@@ -303,7 +309,7 @@ def _georeg() -> list[Recipe]:
             GeoRegConfig(DIGITS, (16, 32, 64), (3, 3, 3), (3, 3)),
             Settings(steps=1000, batch=16, rate=2e-3, warmup=30, decay=True, validate_every=100),
             bending=0.3,
-            refinement=Refinement(50, rate=0.05, bending=0.3),
+            refinement=Refinement(50, "corrections", rate=0.2, bending=0.3),
         ),
         replace(
             people,
@@ -312,6 +318,7 @@ def _georeg() -> list[Recipe]:
             config=replace(brain, grid=HIPPOCAMPUS),
             settings=replace(FAST, steps=700, batch=2, validate_every=50),
             augmentation=Augmentation(2.0, 8.0, 1.08, 0.04, 1.5, 16.0, gamma=0.3, noise=0.02),
+            start="",
         ),
         people,
         replace(
@@ -325,30 +332,31 @@ def _georeg() -> list[Recipe]:
             "retina",
             "unsupervised",
             GeoRegConfig(RETINA, (8, 16, 32, 32, 64), (0, 3, 3, 3, 3), (2, 3, 3, 3)),
-            Settings(steps=600, batch=4, rate=1e-3, warmup=30, decay=True, precision="bf16", validate_every=50),
+            Settings(steps=300, batch=4, rate=1e-3, warmup=30, decay=True, precision="bf16", validate_every=50),
             bending=1e-4,
             refinement=Refinement(50, rate=5e-4, bending=1e-4),
         ),
     ]
 
 
-RECIPES: dict[str, Recipe] = {
-    recipe.name: recipe
-    for recipe in (
-        *_trees(),
-        *_people("istn-hippocampus", "hippocampus", HIPPOCAMPUS, 2, 600, (12.0, 6.0)),
-        *_people("istn-donors", "donors", DONORS, 14, 600, (18.0, 9.0)),
-        *_shipped(),
-        *_georeg(),
-    )
-}
+AnyRecipe = Recipe | PointsRecipe | KeypointRecipe
+_EVERY: tuple[AnyRecipe, ...] = (
+    *_trees(),
+    *_people("istn-hippocampus", "hippocampus", HIPPOCAMPUS, 2, 600, (12.0, 6.0)),
+    *_people("istn-donors", "donors", DONORS, 14, 600, (18.0, 9.0)),
+    *_shipped(),
+    *_georeg(),
+    *points_task.RECIPES,
+    *keypoint_task.RECIPES,
+)
+RECIPES: dict[str, AnyRecipe] = {recipe.name: recipe for recipe in _EVERY}
 
 
-def find_recipe(name: str, **changes: object) -> Recipe:
-    """A recipe by name, with changes of its loop's settings.
+def find_recipe(name: str, **changes: object) -> Any:
+    """A recipe of any kind (:data:`AnyRecipe`) by name, with changes of its loop's settings.
 
     Raises:
         ValueError: for an unknown name, with the nearest one.
     """
-    recipe: Recipe = known(name, RECIPES, "recipe")
-    return replace(recipe, settings=replace(recipe.settings, **changes)) if changes else recipe  # type: ignore[arg-type]
+    recipe: Any = known(name, RECIPES, "recipe")
+    return replace(recipe, settings=replace(recipe.settings, **changes)) if changes else recipe

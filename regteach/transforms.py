@@ -162,6 +162,13 @@ class Dense(Transform):
         """The displacements themselves on their own grid, which needs no interpolation; elsewhere interpolated."""
         return _as(self.displacement, like) if grid == self.grid else super().displacement_on(grid, like)
 
+    def jacobian_on(self, grid: Grid, like: Tensor | None = None) -> Float[Tensor, "b *grid d d"]:
+        """I + central differences of u, on its own grid without interpolation."""
+        if grid != self.grid:
+            return super().jacobian_on(grid, like)
+        slopes = gradient(_as(self.displacement, like).movedim(-1, 1), grid).movedim(1, -2)
+        return slopes + torch.eye(grid.dim).to(slopes)
+
 
 @dataclass(frozen=True)
 class Velocity(Transform):

@@ -21,7 +21,7 @@ from level to level exactly, also at the border.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -39,6 +39,9 @@ from regteach.precision import exactly
 from regteach.result import Result, Step, after_each
 from regteach.sampling import flat_points, grid_points, sample, warp
 from regteach.transforms import Dense, Transform
+
+# Of query, rest positions, positions; then window, frequencies and length_mm of the Deformation that asks, by name.
+Attention = Callable[..., Float[Tensor, "b n c"]]
 
 MOVES, INTERPOLATIONS, SUPERVISIONS = ("points", "features"), ("learned", "linear"), ("across", "within")
 
@@ -133,6 +136,22 @@ def check_size(grid: Grid, levels: int) -> None:
         )
 
 
+@dataclass(frozen=True, eq=False)
+class _Level:
+    """Where the points of one level are by now, and what they know."""
+
+    grid: Grid
+    own: Float[Tensor, "b c *grid"]  # features of the fixed points
+    other: Float[Tensor, "b c *grid"]  # features of the moving image
+    displacement: Float[Tensor, "b *grid d"]  # mm
+    state: Float[Tensor, "b c *grid"]  # h of the last step
+
+    @staticmethod
+    def at_rest(grid: Grid, own: Tensor, other: Tensor) -> "_Level":
+        """Before the first step: nothing has moved, and h is the points' own feature."""
+        return _Level(grid, own, other, own.new_zeros(len(own), *grid.shape, grid.dim), own)
+
+
 class GeoReg(nn.Module):
     """The model. Nothing is kept between calls.
 
@@ -145,17 +164,17 @@ class GeoReg(nn.Module):
         self.config = config
         dim, widths = config.grid.dim, config.widths
         self.encoders = nn.ModuleList(PyramidEncoder(dim, config.channels, widths) for _ in range(config.encoders))
-        lengths = [max(config.grid.spacing) * 2**level for level in range(len(widths))]
+        spacings = [max(config.grid.spacing) * 2**level for level in range(len(widths))]
         # One deformation step for all iterations of a level; modules are stored finest first, like everything.
         self.deform = nn.ModuleList(
-            Deformation(dim, width, width, length, window) if steps else nn.Identity()
-            for width, length, window, steps in zip(widths, lengths, config.windows, config.steps, strict=True)
+            Deformation(dim, width, width, spacing, window) if steps else nn.Identity()
+            for width, spacing, window, steps in zip(widths, spacings, config.windows, config.steps, strict=True)
         )
         learned = config.interpolation == "learned"
         self.inherit = nn.ModuleList(
-            Deformation(dim, child, parent, length, window) if learned and window else nn.Identity()
-            for (child, parent), length, window in zip(
-                itertools.pairwise(widths), lengths[1:], config.parents, strict=True
+            Deformation(dim, child, parent, spacing, window) if learned and window else nn.Identity()
+            for (child, parent), spacing, window in zip(
+                itertools.pairwise(widths), spacings[1:], config.parents, strict=True
             )
         )
         self.hand_down = nn.ModuleList(
@@ -192,7 +211,7 @@ class GeoReg(nn.Module):
         steps: list[Step] = []
         parent: _Level | None = None
         for level in reversed(range(len(self.config.widths))):
-            here = _Level(grid.coarsened(2**level), fixed[level].float(), moving[level].float())
+            here = _Level.at_rest(grid.coarsened(2**level), fixed[level].float(), moving[level].float())
             if parent is not None:
                 here, own = self._inherited(level, here, parent)
                 steps.append(_step(own, here.grid))
@@ -202,8 +221,8 @@ class GeoReg(nn.Module):
             parent = here
         return tuple(steps)
 
-    def _inherited(self, level: int, here: "_Level", parent: "_Level") -> tuple["_Level", Tensor]:
-        """Positions from the parents: linear, and corrected by attention to them."""
+    def _inherited(self, level: int, here: _Level, parent: _Level) -> tuple[_Level, Tensor]:
+        """Positions from the parents: linear, and corrected by attention to them; and the correction, mm."""
         moved = parent.displacement.detach() if self.config.supervision == "within" else parent.displacement
         if self.config.carry:
             told = self.hand_down[level](parent.state.movedim(1, -1)).movedim(-1, 1)
@@ -211,28 +230,30 @@ class GeoReg(nn.Module):
         here = replace(here, displacement=upsampled(moved, parent.grid, here.grid), state=here.own)
         if isinstance(self.inherit[level], nn.Identity):
             return here, torch.zeros_like(here.displacement)
-        rest = flat_points(here.grid, moved.device)
         positions = grid_points(parent.grid, moved.device) + moved
-        attend = partial(_to_parents, features=parent.own, moved=positions, grid=parent.grid)
-        return self._moved(self.inherit[level], here, attend, rest.expand(len(moved), -1, -1))
 
-    def _deformed(self, level: int, here: "_Level") -> tuple["_Level", Tensor]:
-        """One step at a level: attention to the moving image round the present positions."""
-        features, rest = here.other, flat_points(here.grid, here.other.device).expand(len(here.other), -1, -1)
-        if self.config.moves == "features":  # the ablation: resample, and look from the rest position
-            features = warp(features, Dense(here.displacement, here.grid), here.grid)
-            attend = partial(_to_rest, features=features, grid=here.grid)
-        else:
-            attend = partial(_to_moving, features=features, grid=here.grid)
-        return self._moved(self.deform[level], here, attend, rest)
+        def to_parents(query: Tensor, rest: Tensor, points: Tensor, **asked: Any) -> Tensor:
+            return parent_attention(query, parent.own, positions, rest, points, parent.grid, **asked)
 
-    def _moved(self, module: nn.Module, here: "_Level", attend: Any, rest: Tensor) -> tuple["_Level", Tensor]:
+        return self._moved(self.inherit[level], here, to_parents)
+
+    def _deformed(self, level: int, here: _Level) -> tuple[_Level, Tensor]:
+        """One step at a level: attention to the moving image round the present positions; and the step, mm."""
+        resampled = self.config.moves == "features"  # the ablation: resample, and look from the rest positions
+        features = warp(here.other, Dense(here.displacement, here.grid), here.grid) if resampled else here.other
+
+        def to_moving(query: Tensor, rest: Tensor, points: Tensor, **asked: Any) -> Tensor:
+            return neighbourhood_attention(query, features, rest if resampled else points, here.grid, **asked)
+
+        return self._moved(self.deform[level], here, to_moving)
+
+    def _moved(self, module: nn.Module, here: _Level, attend: Attention) -> tuple[_Level, Tensor]:
         """Apply a deformation module to every point of a level, in slabs where there are many."""
         own = here.own.flatten(2).mT
+        rest = flat_points(here.grid, own.device).expand(len(own), -1, -1)
         points = rest + here.displacement.flatten(1, -2)
         slab = self.config.slab if torch.is_grad_enabled() and self.config.slab < own.shape[1] else 0
-        out = in_slabs(partial(module, attend), slab, own, rest, points)
-        shift, state = out[..., : rest.shape[-1]], out[..., rest.shape[-1] :]
+        shift, state = in_slabs(partial(module, attend), slab, own, rest, points).tensor_split([here.grid.dim], -1)
         shift = shift.unflatten(1, here.grid.shape)
         state = state.mT.unflatten(2, here.grid.shape)
         return replace(here, displacement=here.displacement + shift, state=state), shift
@@ -242,23 +263,6 @@ class GeoReg(nn.Module):
         if grid.dim != self.config.grid.dim:
             raise ValueError(f"This network registers images of {self.config.grid.dim} axes, not {grid.dim}.")
         check_pair(moving, fixed, self.config.channels, grid)
-
-
-@dataclass(frozen=True, eq=False)
-class _Level:
-    """Where the points of one level are by now, and what they know."""
-
-    grid: Grid
-    own: Tensor  # features of the fixed points, b c *grid
-    other: Tensor  # features of the moving image on the same grid
-    displacement: Any = None  # b *grid d, mm
-    state: Any = None  # h of the last step, b c *grid
-
-    def __post_init__(self) -> None:
-        if self.displacement is None:
-            object.__setattr__(self, "displacement", self.own.new_zeros(len(self.own), *self.grid.shape, self.grid.dim))
-        if self.state is None:
-            object.__setattr__(self, "state", self.own)
 
 
 class PyramidEncoder(nn.Module):
@@ -327,33 +331,21 @@ class Deformation(nn.Module):
         zero_start(self.head[-1])
         self.register_buffer("frequencies", torch.randn(dim, answers // 2))
 
-    def forward(self, attend: Any, own: Tensor, rest: Tensor, points: Tensor) -> Float[Tensor, "b n k"]:
-        """Displacement (mm) and new features of each point, side by side.
+    def forward(self, attend: Attention, own: Tensor, rest: Tensor, points: Tensor) -> Float[Tensor, "b n k"]:
+        """Displacement (mm) and new features of each point, side by side: a slab is one tensor.
 
         Args:
-            attend: the attention, of query, rest positions, positions, window, frequencies and length.
+            attend: to whom.
             own: ``b n c``, features of the points.
             rest: ``b n d``, where they were, mm.
             points: ``b n d``, where they are, mm.
         """
         # The key's projection is absorbed into the query; its bias would cancel in the softmax.
         query = self.query(own) @ self.key.weight * own.new_tensor(self.frequencies.shape[1] * 2).rsqrt()
-        heard = attend(query, rest, points, self.window, self.frequencies, self.length_mm)
+        heard = attend(query, rest, points, window=self.window, frequencies=self.frequencies, length_mm=self.length_mm)
         state = self.norms[0](own + self.out(self.value(heard)))
         state = self.norms[1](state + self.feed(state))
         return torch.cat([self.spacing_mm * self.head(state), state], -1)
-
-
-def _to_moving(query, rest, points, window, frequencies, length_mm, features, grid):  # type: ignore[no-untyped-def]
-    return neighbourhood_attention(query, features, points, grid, window, frequencies, length_mm)
-
-
-def _to_rest(query, rest, points, window, frequencies, length_mm, features, grid):  # type: ignore[no-untyped-def]
-    return neighbourhood_attention(query, features, rest, grid, window, frequencies, length_mm)
-
-
-def _to_parents(query, rest, points, window, frequencies, length_mm, features, moved, grid):  # type: ignore[no-untyped-def]
-    return parent_attention(query, features, moved, rest, points, grid, window, frequencies, length_mm)
 
 
 # ---- steps ----

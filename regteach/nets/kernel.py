@@ -10,7 +10,8 @@ only one is there: :class:`LearnedKernel` without semantics needs no images at a
 what its own neighbours say (:func:`leave_one_out`): a match that nobody confirms is heard less.
 
 The weights of a softmax are positive, so a weighted mean can not continue a slope; the plane through the neighbours
-(``degree=1``) can, and an affine motion is then reproduced whatever the weights are.
+(``degree=1``) can, and an affine motion is then reproduced whatever the weights are. Or a spline does
+(``spline=True``, see ``nets.learned_spline``), and the kernel reads what it leaves.
 
 Source: Fogarollo et al., Implicit Deformable Medical Image Registration with Learnable Kernels, MICCAI 2025: the two
 heads, K, the bias 1 / (1 + |x - y|^2). How the heads combine, the unit of the distance (a learned length s, mm), the
@@ -20,19 +21,24 @@ term in r, trust and the plane are ours.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from regteach.grid import Grid
-from regteach.nets.blocks import zero_start
+from regteach.nets.blocks import as_tuples, zero_start
+from regteach.nets.learned_spline import LearnedSpline
+from regteach.ops.classical import Spline
 from regteach.ops.kernel_field import kernel_field, kernel_field_on
+from regteach.ops.kernel_weights import kernel_field_added, kernel_weights_on, weighted_sum
 from regteach.ops.neighbourhood import fourier_features
-from regteach.ops.neighbours import Blocks, Group, among_nearest, k_nearest
+from regteach.ops.neighbours import k_nearest
 from regteach.sampling import flat_points
 
 HEADS = ("geometry", "semantics")
+EVIDENCE = 6  # numbers about a match, see evidence
 GIVEN = 6.0  # logit of a correspondence that a person gave: e^6 times as much as a match of average trust
 RIDGE = 1e-3  # of a plane's spread, so that neighbours in a row define one too
 
@@ -54,6 +60,8 @@ class KernelConfig:
         degree: 0 for the weighted mean, 1 for the weighted plane.
         taper: let the weights go to 0 at the K-th neighbour, so that the field has no jumps.
         length_mm: scale of the geometry: a frequency of 1 makes a turn in it; s and r start with it.
+        spline: subtract a spline first, which is near each match as far as it can be trusted; the kernel reads the
+            rest. For matches without images, where most is to be gained from telling the wrong ones.
     """
 
     dim: int = 3
@@ -67,6 +75,7 @@ class KernelConfig:
     degree: int = 1
     taper: bool = True
     length_mm: float = 20.0
+    spline: bool = False
 
     def __post_init__(self) -> None:
         if self.dim not in (2, 3) or self.degree not in (0, 1) or self.rounds < 0:
@@ -77,6 +86,18 @@ class KernelConfig:
             raise ValueError("A semantics head needs image features, and image features need a semantics head.")
         if self.neighbours < 1 or self.width < 2 or self.width % 2 or not self.length_mm > 0:
             raise ValueError("A kernel has at least 1 neighbour, an even width and a positive length.")
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> "KernelConfig":
+        """Back from ``dataclasses.asdict`` (a checkpoint's header).
+
+        Raises:
+            ValueError: if a key is unknown.
+        """
+        try:
+            return KernelConfig(**as_tuples(values))
+        except TypeError as error:
+            raise ValueError(f"This is no configuration of a learned kernel ({error}).") from None
 
 
 @dataclass(frozen=True)
@@ -119,14 +140,15 @@ class LearnedKernel(nn.Module):
         self.queries = nn.ModuleDict({head: nn.Linear(width, width) for head in config.heads})
         # All keys start at zero: the untrained kernel is the nearness alone.
         self.keys = nn.ModuleDict({head: zero_start(nn.Linear(width, width)) for head in config.heads})
-        self.trust = nn.Sequential(nn.Linear(6, width), nn.ReLU(), zero_start(nn.Linear(width, 2)))
+        self.trust = nn.Sequential(nn.Linear(EVIDENCE, width), nn.ReLU(), zero_start(nn.Linear(width, 2)))
         # How far to look depends on how far the matches agree: the more they scatter, the more must be averaged.
-        self.lengths = nn.Sequential(nn.Linear(12, width), nn.ReLU(), zero_start(nn.Linear(width, 2)))
+        self.lengths = nn.Sequential(nn.Linear(2 * EVIDENCE, width), nn.ReLU(), zero_start(nn.Linear(width, 2)))
         if not config.trust:
             self.trust, self.lengths = nn.Sequential(), nn.Sequential()
         start = torch.tensor(float(config.length_mm)).log()
         self.log_lengths = nn.Parameter(start.expand(2).clone())
         self.register_buffer("frequencies", torch.randn(config.dim, width // 2))
+        self.spline = LearnedSpline(EVIDENCE, width, config.neighbours) if config.spline else None
 
     def reconstruction(
         self,
@@ -154,6 +176,13 @@ class LearnedKernel(nn.Module):
         _check(keypoints_mm, displacements_mm, self.config.dim)
         _check_extras(keypoints_mm, spread_mm, given, origin)
         centre = keypoints_mm.detach().mean(0) if origin is None else origin
+        start = None
+        if self.spline is not None:
+            said = evidence(keypoints_mm, displacements_mm, self.config.neighbours, spread_mm)
+            # The fifth is log(1 + distance from the neighbours' median / their own scatter).
+            start = self.spline(keypoints_mm, displacements_mm, said, said[:, 4].expm1(), given)
+        if start is not None:
+            displacements_mm = displacements_mm - start.at(keypoints_mm).to(displacements_mm)
         heads = [head for head in self.config.heads if head == "geometry" or features is not None]
         parts = [self.keys[head](self._encoded(head, keypoints_mm, centre, features)) for head in heads]
         logit = held = keypoints_mm.new_zeros(len(keypoints_mm))
@@ -177,7 +206,25 @@ class LearnedKernel(nn.Module):
         for _ in range(self.config.rounds):
             missing = displacements_mm - field.at(keypoints_mm)
             field = replace(field, displacements_mm=field.displacements_mm + held.sigmoid()[:, None] * missing)
-        return field
+        return replace(field, start=start)
+
+    @torch.no_grad()
+    def reconstruct(
+        self,
+        keypoints_mm: Float[Tensor, "m d"],
+        displacements_mm: Float[Tensor, "m d"],
+        query_mm: Float[Tensor, "n d"],
+    ) -> Float[Tensor, "n d"]:
+        """Displacement at any points from that at keypoints, without images: the geometry head alone.
+
+        Raises:
+            ValueError: as in :meth:`reconstruction`; if a query is no point of as many finite coordinates.
+        """
+        field = self.reconstruction(keypoints_mm, displacements_mm)
+        if not bool(query_mm.isfinite().all()):
+            raise ValueError("Points to read the field at have to be finite numbers.")
+        # In parts: the plain form gathers K keys for each point.
+        return torch.cat([field.at(part) for part in query_mm.split(2**13)])
 
     def _encoded(
         self, head: str, points: Tensor, origin: Tensor, features: Callable[[Tensor], Tensor] | None
@@ -201,12 +248,13 @@ class Reconstruction:
 
     Args:
         keypoints_mm: ``m d``.
-        displacements_mm: ``m d``.
+        displacements_mm: ``m d``; what the spline leaves of them, where there is one.
         keys: ``m c``.
         queries: of points ``n d``, ``n c``.
         weighting: of the pairs.
         origin: of the geometry.
         config: of the kernel.
+        start: the spline that was subtracted first.
     """
 
     keypoints_mm: Tensor
@@ -216,24 +264,40 @@ class Reconstruction:
     weighting: Nearness
     origin: Tensor
     config: KernelConfig
+    start: Spline | None = None
 
     def at(self, points_mm: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
         """Displacement at points, mm."""
         dim = self.config.dim
         if points_mm.ndim != 2 or points_mm.shape[1] != dim:
             raise ValueError(f"Points are rows of {dim} coordinates, not shape {tuple(points_mm.shape)}.")
-        return kernel_field(
+        found = kernel_field(
             points_mm, self.keypoints_mm, self.displacements_mm, self.weighting, self.config.neighbours,
             self.queries(points_mm), self.keys, self._taper, self.config.degree,
         )  # fmt: skip
+        return found if self.start is None else found + self.start.at(points_mm).to(found)
 
     def on(self, grid: Grid) -> Float[Tensor, "*grid d"]:
         """Displacement at every voxel, mm, in blocks."""
         self._check_grid(grid)
-        return kernel_field_on(
+        found = kernel_field_on(
             grid, self.keypoints_mm, self.displacements_mm, self.weighting, self.config.neighbours,
             self.queries, self.keys, self._taper, self.config.degree,
         )  # fmt: skip
+        return found + self._start_on(grid, found)
+
+    def weights_on(self, grid: Grid) -> tuple[Int[Tensor, "n k"], Float[Tensor, "n k"]]:
+        """Keypoints that each voxel hears, and how much: :meth:`through` these is :meth:`on`."""
+        self._check_grid(grid)
+        return kernel_weights_on(
+            grid, self.keypoints_mm, self.weighting, self.config.neighbours,
+            self.queries, self.keys, self._taper, self.config.degree,
+        )  # fmt: skip
+
+    def through(self, weights: tuple[Tensor, Tensor], grid: Grid) -> Float[Tensor, "*grid d"]:
+        """:meth:`on` for whoever changes the displacements alone, and has the weights: far faster."""
+        found = weighted_sum(self.displacements_mm, *weights).unflatten(0, grid.shape)
+        return found + self._start_on(grid, found)
 
     @torch.no_grad()
     def added(
@@ -262,21 +326,30 @@ class Reconstruction:
         alone = kernel.reconstruction(fixed_mm, moving_mm - fixed_mm, features, None, every, self.origin)
         if alone.keys.shape[1] != self.keys.shape[1]:
             raise ValueError("An addition needs image features exactly where the reconstruction had them.")
+        motion = moving_mm - fixed_mm
+        if self.start is not None:
+            motion = motion - self.start.at(fixed_mm).to(motion)
         # Their keys are what they would be among the others but for trust, which is given; the old keys stay.
         joined = replace(
             self,
             keypoints_mm=torch.cat([self.keypoints_mm, fixed_mm]),
-            displacements_mm=torch.cat([self.displacements_mm, moving_mm - fixed_mm]),
+            displacements_mm=torch.cat([self.displacements_mm, motion]),
             keys=torch.cat([self.keys, alone.keys]),
         )
         if joined._taper != self._taper:  # there are now more keypoints than neighbours, and that changes every voxel
             return joined, joined.on(grid).to(field)
-        near = _has_one_of(grid, joined.keypoints_mm, len(self.keypoints_mm), self.config.neighbours)
-        changed = field.flatten(0, -2).clone()
-        points = flat_points(grid, fixed_mm.device, joined.keypoints_mm.dtype)[0][near]
-        if len(points):  # in chunks: the plain form gathers K keys for each point
-            changed[near] = torch.cat([joined.at(part) for part in points.split(2**13)]).to(changed)
-        return joined, changed.unflatten(0, grid.shape)
+        start = self._start_on(grid, field)
+        changed = kernel_field_added(
+            field - start, len(self.keypoints_mm), grid, joined.keypoints_mm, joined.displacements_mm, self.weighting,
+            self.config.neighbours, self.queries, joined.keys, self._taper, self.config.degree,
+        )  # fmt: skip
+        return joined, changed + start
+
+    def _start_on(self, grid: Grid, like: Tensor) -> Tensor:
+        """The spline at every voxel, ``*grid d``; 0 where there is none."""
+        if self.start is None:
+            return like.new_zeros(())
+        return self.start.at(flat_points(grid, like.device, like.dtype)[0]).to(like).unflatten(0, grid.shape)
 
     def _check_grid(self, grid: Grid) -> None:
         if grid.dim != self.config.dim:
@@ -340,22 +413,6 @@ def _median(values: Tensor) -> Tensor:
     """Along axis 1; of an even number the mean of the two in the middle, which torch's median is not."""
     ordered, count = values.sort(1).values, values.shape[1]
     return 0.5 * (ordered[:, (count - 1) // 2] + ordered[:, count // 2])
-
-
-def _has_one_of(grid: Grid, keypoints: Float[Tensor, "m d"], first: int, neighbours: int) -> Bool[Tensor, "n"]:
-    """Voxels that have a keypoint from number ``first`` on among their K nearest: the ones the field itself takes."""
-    neighbours = min(neighbours, len(keypoints))
-    blocks, found = Blocks(grid, keypoints, neighbours, edge_vox=4), []
-    for group in blocks.groups(2**20):
-        new = (group.candidates >= first) & group.real
-        rows = new.any(1)
-        here = keypoints.new_zeros(len(rows), math.prod(axis.shape[1] for axis in group.axes_mm), 1)
-        if bool(rows.any()):
-            part = Group(tuple(axis[rows] for axis in group.axes_mm), group.candidates[rows], group.real[rows])
-            inside = among_nearest(part.squared_distances(keypoints[part.candidates]), neighbours)
-            here[rows] = (inside & new[rows][:, None]).any(-1, keepdim=True).to(here)
-        found.append(here)
-    return blocks.to_grid(found).flatten() > 0
 
 
 def _mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:

@@ -8,6 +8,8 @@ Sources: Shepard, ACM National Conference 1968; Duchon, 1977, and Bookstein, IEE
 The splines are those of scipy.interpolate.RBFInterpolator, with gradients.
 """
 
+from dataclasses import dataclass
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -92,8 +94,81 @@ def thin_plate_spline(
         ValueError: as in ``kernel_field``; and if two keypoints are at one place while nothing is smoothed, the
             keypoints do not span space, the smoothing is negative, or the kernel is unknown.
     """
-    as_given = checked(keypoints_mm, values, 1, degree, query_mm)
-    points, known, query = (tensor.double() for tensor in as_given)
+    points, known, query = checked(keypoints_mm, values, 1, degree, query_mm)
+    return fit_spline(points, known, smoothing, kernel, degree).at(query).to(points.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Spline:
+    """A spline that was fitted once, to be read at any points: see :func:`fit_spline`.
+
+    Args:
+        points: keypoints, ``m d``, mm; this and the other tensors are in double precision.
+        coefficients: of phi, ``m v``.
+        linear: of the polynomial.
+        middle, half: of the keypoints' box: the polynomial is one of coordinates from -1 to 1.
+        kernel, degree: as given.
+    """
+
+    points: Tensor
+    coefficients: Tensor
+    linear: Tensor
+    middle: Tensor
+    half: Tensor
+    kernel: str
+    degree: int
+
+    @exactly
+    def at(self, query_mm: Float[Tensor, "n d"]) -> Float[Tensor, "n v"]:
+        """The field at points, in double precision."""
+        parts = [
+            _phi(part, self.points, self.kernel) @ self.coefficients
+            + _polynomial((part - self.middle) / self.half, self.degree) @ self.linear
+            for part in query_mm.double().split(max(1, PAIRS_AT_ONCE // len(self.points)))
+        ]
+        return torch.cat(parts)
+
+
+@exactly
+def fit_spline(
+    keypoints_mm: Float[Tensor, "m d"],
+    values: Float[Tensor, "m v"],
+    smoothing: float | Tensor = 0.0,
+    kernel: str = "thin_plate",
+    degree: int = 1,
+) -> Spline:
+    """The spline of :func:`thin_plate_spline`, fitted; arguments and errors as there."""
+    points, known, _ = (tensor.double() for tensor in checked(keypoints_mm, values, 1, degree))
+    matrix, middle, half = _system(points, smoothing, kernel, degree)
+    terms = len(matrix) - len(points)
+    solved = torch.linalg.solve(matrix, torch.cat([known, known.new_zeros(terms, known.shape[1])]))
+    coefficients, linear = solved.split([len(points), terms])
+    return Spline(points, coefficients, linear, middle, half, kernel, degree)
+
+
+@exactly
+def left_out(
+    keypoints_mm: Float[Tensor, "m d"],
+    values: Float[Tensor, "m v"],
+    smoothing: float | Tensor = 0.0,
+    kernel: str = "thin_plate",
+    degree: int = 1,
+) -> Float[Tensor, "m v"]:
+    """What each value differs by from the spline through all the others: value minus spline, ``m v``.
+
+    All at once, by the inverse of the system (Dubrule, Mathematical Geology 15 (1983)): c_y / (A^-1)_yy. Arguments and
+    errors as in :func:`thin_plate_spline`. The others have to span space as well.
+    """
+    as_given = checked(keypoints_mm, values, 1, degree)
+    points, known, _ = (tensor.double() for tensor in as_given)
+    inverse = torch.linalg.inv(_system(points, smoothing, kernel, degree)[0])[: len(points), : len(points)]
+    return (inverse @ known / inverse.diagonal()[:, None]).to(as_given[0].dtype)
+
+
+def _system(
+    points: Float[Tensor, "m d"], smoothing: float | Tensor, kernel: str, degree: int
+) -> tuple[Float[Tensor, "n n"], Tensor, Tensor]:
+    """The matrix of the fit, and the middle and half the size of the box that the polynomial is scaled to."""
     if kernel not in KERNELS:
         raise ValueError(f"kernel is one of {', '.join(KERNELS)}, not {kernel!r}.")
     if kernel == "thin_plate" and degree == 0:
@@ -118,13 +193,7 @@ def thin_plate_spline(
             torch.cat([polynomial.mT, points.new_zeros(terms, terms)], dim=1),
         ]
     )
-    solved = torch.linalg.solve(matrix, torch.cat([known, known.new_zeros(terms, known.shape[1])]))
-    coefficients, linear = solved.split([len(points), terms])
-    parts = [
-        _phi(part, points, kernel) @ coefficients + _polynomial((part - middle) / half, degree) @ linear
-        for part in query.split(max(1, PAIRS_AT_ONCE // len(points)))
-    ]
-    return torch.cat(parts).to(as_given[0].dtype)
+    return matrix, middle, half
 
 
 def _phi(x: Float[Tensor, "n d"], y: Float[Tensor, "m d"], kernel: str) -> Float[Tensor, "n m"]:

@@ -28,7 +28,7 @@ from functools import partial
 from typing import Protocol
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -173,7 +173,7 @@ def kernel_field(
         logits = logits + taper_logits(squared, squared.amax(dim=-1, keepdim=True))
     weights = logits.softmax(dim=-1)
     if degree == 1:
-        return _plane_at_point(weights, offsets, values[nearest])
+        weights = _plane_weights(weights, offsets)
     return torch.einsum("nk,nkv->nv", weights, values[nearest])
 
 
@@ -245,7 +245,21 @@ def _field_of_group(
     values: Float[Tensor, "m v"],
     keys: Float[Tensor, "m c"] | None,
 ) -> Float[Tensor, "blocks voxels v"]:
-    """The weights of all candidates of a block, 0 for those that are not among a voxel's K nearest."""
+    weights, _ = weights_of_group(group, weighting, k, query_function, taper, degree, points, keys)
+    return weights @ values[group.candidates]
+
+
+def weights_of_group(
+    group: Group,
+    weighting: Weighting,
+    k: int,
+    query_function: QueryFunction | None,
+    taper: bool,
+    degree: int,
+    points: Float[Tensor, "m d"],
+    keys: Float[Tensor, "m c"] | None,
+) -> tuple[Float[Tensor, "blocks voxels m"], Bool[Tensor, "blocks voxels m"]]:
+    """The weights of all candidates of a block, 0 for those that are not among a voxel's K nearest; and which are."""
     squared = group.squared_distances(points[group.candidates])
     inside = among_nearest(squared.detach(), k)
     products = None
@@ -260,9 +274,8 @@ def _field_of_group(
         logits = logits + taper_logits(squared, squared.masked_fill(~inside, 0).amax(dim=-1, keepdim=True))
     weights = logits.masked_fill(~inside, -torch.inf).softmax(dim=-1)
     if degree == 1:
-        offsets = points[group.candidates][:, None] - group.points()[:, :, None]
-        return _plane_at_point(weights, offsets, values[group.candidates][:, None])
-    return weights @ values[group.candidates]
+        weights = _plane_weights(weights, points[group.candidates][:, None] - group.points()[:, :, None])
+    return weights, inside
 
 
 def taper_logits(squared: Float[Tensor, "*any k"], reach: Float[Tensor, "*any 1"]) -> Float[Tensor, "*any k"]:
@@ -271,22 +284,23 @@ def taper_logits(squared: Float[Tensor, "*any k"], reach: Float[Tensor, "*any 1"
     return 2 * (1 - ratio).clamp_min(LEAST_TAPER).log()
 
 
-def _plane_at_point(
-    weights: Float[Tensor, "*any k"], offsets: Float[Tensor, "*any k d"], values: Float[Tensor, "*any k v"]
-) -> Float[Tensor, "*any v"]:
-    """Weighted least squares fit of ``a + slopes . offset`` to the values; a, its value at the point itself."""
-    row = weights[..., None, :]
-    middle = row @ offsets  # ... 1 d
-    mean = (row @ values)[..., 0, :]
+def _plane_weights(weights: Float[Tensor, "*any k"], offsets: Float[Tensor, "*any k d"]) -> Float[Tensor, "*any k"]:
+    """What each value counts in the weighted least squares plane, read at the point itself; the sum stays 1.
+
+    The fit ``a + slopes . offset`` is linear in the values: with m their weighted mean offset, c the offsets from it
+    and S their weighted spread, a = sum_k w_k (1 - m . S^-1 c_k) v_k.
+    """
+    middle = weights[..., None, :] @ offsets  # ... 1 d
     centred = offsets - middle
-    weighted = (weights[..., None] * centred).mT  # ... d k
-    spread = weighted @ centred
+    spread = (weights[..., None] * centred).mT @ centred
     trace = spread.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
     # Neighbours that are 10,000 times closer together than the point is to them count as being at one place.
     ridge = RIDGE * trace + 1e-8 * (middle @ middle.mT) + NEAREST_MM**2
     unit = torch.eye(spread.shape[-1]).to(spread)
-    slopes = torch.linalg.solve(spread + ridge * unit, weighted @ (values - mean[..., None, :]))  # ... d v
-    return mean - (middle @ slopes)[..., 0, :]
+    turned = torch.linalg.solve(spread + ridge * unit, middle.mT)  # ... d 1
+    away = (centred @ turned)[..., 0]
+    # Their weighted mean is 0 but for rounding, which counts where the neighbours are nearly at one place.
+    return weights * (1 - away + (weights * away).sum(-1, keepdim=True))
 
 
 # ---- what can be wrong ----

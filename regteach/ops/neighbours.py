@@ -21,6 +21,7 @@ from torch import Tensor
 from regteach.grid import Grid
 
 PAIRS_AT_ONCE = 2**22  # of point and keypoint, while neighbours are searched: 16 MB in float32
+LARGE_EDGE = 16  # voxels
 SLACK = 1e-5  # relative; what rounding can do to a distance is far below it
 
 
@@ -68,17 +69,31 @@ class Group:
         axes_mm: for each axis, the coordinates of the voxels of each block along it.
         candidates: indices of the keypoints that can be neighbours, ascending; rows are filled up with 0.
         real: which of the candidates are not such filling.
+        axes_vox: as axes_mm, indices.
     """
 
     axes_mm: tuple[Float[Tensor, "blocks edge"], ...]
     candidates: Int[Tensor, "blocks m"]
     real: Bool[Tensor, "blocks m"]
+    axes_vox: tuple[Int[Tensor, "blocks edge"], ...]
 
     def points(self) -> Float[Tensor, "blocks voxels d"]:
         """Positions of the voxels, mm."""
         dim, full = len(self.axes_mm), (len(self.real), *(axis.shape[1] for axis in self.axes_mm))
         parts = [_along(axis, k, dim).expand(full) for k, axis in enumerate(self.axes_mm)]
         return torch.stack(parts, dim=-1).flatten(1, -2)
+
+    def voxels(self, shape: tuple[int, ...]) -> Int[Tensor, "blocks voxels"]:
+        """Place of each voxel among all of a grid of this shape, the last axis running fastest."""
+        dim, place = len(shape), torch.zeros((), dtype=torch.long, device=self.real.device)
+        for k, (index, n) in enumerate(zip(self.axes_vox, shape, strict=True)):
+            place = place * n + _along(index, k, dim)
+        return place.flatten(1)
+
+    def rows(self, chosen: Bool[Tensor, "blocks"]) -> "Group":
+        """Some of the blocks."""
+        axes = [tuple(axis[chosen] for axis in of) for of in (self.axes_mm, self.axes_vox)]
+        return Group(axes[0], self.candidates[chosen], self.real[chosen], axes[1])
 
     def squared_distances(self, candidates_mm: Float[Tensor, "blocks m d"]) -> Float[Tensor, "blocks voxels m"]:
         """|x - y|^2 of every voxel and candidate, mm^2; for the filling a number above all of them.
@@ -101,25 +116,46 @@ class Blocks:
         k: how many neighbours each voxel has.
         edge_vox: voxels along each edge of a block. Small blocks have fewer candidates, large ones less to look up.
             The last voxel of an axis is repeated where the axis is no multiple of this.
+        first: leave out the blocks of which no voxel can have a keypoint from this number on among its K nearest.
     """
 
-    def __init__(self, grid: Grid, keypoints_mm: Float[Tensor, "m d"], k: int, edge_vox: int) -> None:
+    def __init__(self, grid: Grid, keypoints_mm: Float[Tensor, "m d"], k: int, edge_vox: int, first: int = 0) -> None:
         self.grid, self.edge = grid, edge_vox
         keypoints = keypoints_mm.detach()
         self.axes = [
             _in_blocks(origin + spacing * torch.arange(n, device=keypoints.device, dtype=keypoints.dtype), edge_vox)
             for n, spacing, origin in zip(grid.shape, grid.spacing, grid.origin, strict=True)
         ]
+        self.index = [_in_blocks(torch.arange(n, device=keypoints.device), edge_vox) for n in grid.shape]
         self.shape = tuple(len(axis) for axis in self.axes)
+        self.held = torch.arange(torch.Size(self.shape).numel(), device=keypoints.device)
+        if first and edge_vox < LARGE_EDGE:  # large blocks rule out most of the grid, and are few
+            self.held = self._within(Blocks(grid, keypoints, k, edge_vox * (LARGE_EDGE // edge_vox), first))
         self.members, self.counts = self._candidates(keypoints, min(k, len(keypoints)))
+        if first:
+            owner = torch.arange(len(self.held), device=keypoints.device).repeat_interleave(self.counts)
+            reached = torch.zeros_like(self.held).index_add(0, owner, (self.members >= first).long()) > 0
+            self.members, self.counts = self.members[reached[owner]], self.counts[reached]
+            self.held = self.held[reached]
         self.starts = self.counts.cumsum(0) - self.counts
+
+    def _within(self, large: "Blocks") -> Int[Tensor, "blocks"]:
+        """The blocks that lie in those of larger blocks."""
+        factor = large.edge // self.edge
+        parts = [
+            (factor * place[:, None] + torch.arange(factor, device=place.device)).clamp_max(n - 1)
+            for place, n in zip(torch.unravel_index(large.held, large.shape), self.shape, strict=True)
+        ]
+        every = torch.zeros((), dtype=torch.long, device=large.held.device)
+        for axis, (part, n) in enumerate(zip(parts, self.shape, strict=True)):
+            every = every * n + _along(part, axis, len(self.shape))
+        return every.unique()
 
     def _candidates(self, keypoints: Tensor, k: int) -> tuple[Int[Tensor, "all"], Int[Tensor, "blocks"]]:
         """Candidates of one block after the other, and how many each has."""
-        total = torch.Size(self.shape).numel()
-        members, counts = [], []
-        for block in torch.arange(total, device=keypoints.device).split(max(1, PAIRS_AT_ONCE // len(keypoints))):
-            axes = self._axes_of(block)
+        members, counts = [self.held.new_zeros(0, dtype=torch.int)], [self.held.new_zeros(0)]
+        for block in self.held.split(max(1, PAIRS_AT_ONCE // len(keypoints))):
+            axes = self._axes_of(block, self.axes)
             centre = torch.stack([(axis[:, 0] + axis[:, -1]) / 2 for axis in axes], dim=-1)
             radius = squared_length(torch.stack([(axis[:, -1] - axis[:, 0]) / 2 for axis in axes], dim=-1)).sqrt()
             squared = squared_distances(centre, keypoints)
@@ -138,16 +174,20 @@ class Blocks:
         start = 0
         while start < len(counts):
             size = max(1, pairs_at_once // (voxels * counts[start]))  # counts descend: the first block has the most
-            block = order[start : start + size]
-            column = torch.arange(counts[start], device=block.device)
-            real = column < self.counts[block, None]
-            place = torch.where(real, self.starts[block, None] + column, 0)
+            row = order[start : start + size]
+            column = torch.arange(counts[start], device=row.device)
+            real = column < self.counts[row, None]
+            place = torch.where(real, self.starts[row, None] + column, 0)
             candidates = torch.where(real, self.members[place].long(), 0)
-            yield Group(self._axes_of(block), candidates, real)
+            block = self.held[row]
+            yield Group(self._axes_of(block, self.axes), candidates, real, self._axes_of(block, self.index))
             start += size
 
     def to_grid(self, results: list[Float[Tensor, "_ voxels c"]]) -> Float[Tensor, "*grid c"]:
-        """Results of the groups, in their order, put where their voxels are. Empties the list, to hold them once."""
+        """Results of the groups, in their order, put where their voxels are. Empties the list, to hold them once.
+
+        For all blocks of a grid: where ``first`` left some out there is nothing to put there.
+        """
         joined = torch.cat(results)
         results.clear()
         joined = joined[self._order().argsort()]
@@ -160,8 +200,8 @@ class Blocks:
     def _order(self) -> Int[Tensor, "blocks"]:
         return self.counts.argsort(descending=True, stable=True)
 
-    def _axes_of(self, block: Int[Tensor, "b"]) -> tuple[Float[Tensor, "b edge"], ...]:
-        return tuple(axis[i] for axis, i in zip(self.axes, torch.unravel_index(block, self.shape), strict=True))
+    def _axes_of(self, block: Int[Tensor, "b"], axes: list[Tensor]) -> tuple[Tensor, ...]:
+        return tuple(axis[i] for axis, i in zip(axes, torch.unravel_index(block, self.shape), strict=True))
 
 
 def _in_blocks(coordinates: Float[Tensor, "n"], edge: int) -> Float[Tensor, "blocks edge"]:

@@ -119,3 +119,16 @@ def test_bad_splines_are_refused_in_a_sentence() -> None:
         assert one_sentence(error.value, said)
     smooth = thin_plate_spline(query, twice, values_too, 0.1)
     assert smooth.isfinite().all()
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 2.0, "each"])
+def test_what_is_left_out_is_that_of_a_spline_without_it(smoothing: float | str) -> None:
+    _, keypoints, values = case(3, m=25)
+    amount = (
+        torch.rand(25, dtype=torch.float64) if smoothing == "each" else torch.full((25,), float(smoothing)).double()
+    )
+    found = classical.left_out(keypoints, values, amount, "linear")
+    for k in (0, 7, 24):
+        others = torch.arange(25) != k
+        spline = classical.fit_spline(keypoints[others], values[others], amount[others], "linear")
+        assert torch.allclose(found[k], values[k] - spline.at(keypoints[[k]])[0], atol=1e-8)

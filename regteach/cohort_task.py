@@ -1,0 +1,181 @@
+"""Training a network on pairs of a cohort: people on one grid, with structures that some losses and all figures use."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from regteach import objectives, plotting
+from regteach.checkpoints import Model, load, network
+from regteach.data.augment import augmented
+from regteach.data.cohort import Cohort
+from regteach.evaluation import PairFigures, figures_of, measure, pairs_to_test
+from regteach.nets.blocks import fast_layout
+from regteach.nets.georeg import GeoRegConfig
+from regteach.nets.istn import ISTNConfig
+from regteach.recipes import Recipe, load_cohort
+from regteach.sampling import warp
+from regteach.transforms import Identity
+
+FIRST = 3  # test pairs that a card names one by one
+
+
+class CohortTask:
+    """Training of a network on pairs of a cohort: what ``training.train`` needs to know.
+
+    Args:
+        recipe: what to do.
+        cohort: on what; the recipe's own data where left out.
+        validation_pairs: how many pairs of validation people judge the weights.
+    """
+
+    def __init__(self, recipe: Recipe, cohort: Cohort | None = None, validation_pairs: int = 20) -> None:
+        self.recipe = recipe
+        self.cohort = load_cohort(recipe.data) if cohort is None else cohort
+        self._check()
+        self.pairs = self.cohort.pairs("train")
+        available = self.cohort.pairs("validation")
+        self.judged = self.cohort.pairs("validation", min(validation_pairs, len(available)), seed=0)
+
+    def _check(self) -> None:
+        config, cohort, variant = self.recipe.config, self.cohort, self.recipe.variant
+        if variant not in objectives.ISTN:
+            raise ValueError(f"A variant of ISTN is one of {', '.join(objectives.ISTN)}, not {variant!r}.")
+        if not isinstance(config, ISTNConfig) and (variant != "unsupervised" or self.recipe.coarsen != 1):
+            raise ValueError(f"{self.recipe.name} learns from the images alone: unsupervised, and coarsen is 1.")
+        if isinstance(config, ISTNConfig) and config.itn and config.structures != cohort.soi.shape[1]:
+            raise ValueError(
+                f"{self.recipe.name} draws {config.structures} structures, but {cohort.name} has {cohort.soi.shape[1]}."
+            )
+        if config.channels != cohort.images.shape[1]:
+            raise ValueError(
+                f"{self.recipe.name} reads {config.channels} channels, but {cohort.name} has {cohort.images.shape[1]}."
+            )
+        if not cohort.pairs("train"):
+            raise ValueError(f"{cohort.name} has no pair of two people to train on.")
+
+    def build(self) -> nn.Module:
+        """The network as training begins, laid out for fast convolutions: untrained, or with a shipped model's weights.
+
+        Raises:
+            ValueError: if the model that the recipe starts from is unknown, or has other weights.
+        """
+        built = network(self.recipe.config)
+        if self.recipe.start:
+            start_from(built, load(self.recipe.start))
+        return fast_layout(built, self.cohort.grid.dim)
+
+    def loss(self, model: nn.Module, items: Sequence[int], device: torch.device) -> dict[str, Tensor]:
+        """The variant's terms on random training pairs."""
+        drawn = [self._item(number) for number in items]
+        (moving, fixed), (soi_moving, soi_fixed) = (
+            [torch.cat([item[kind][side] for item in drawn]).to(device) for side in (0, 1)] for kind in (0, 1)
+        )
+        grid = self.cohort.grid
+        result = model(moving, fixed, grid)
+        recipe, images, soi = self.recipe, (moving, fixed), (soi_moving, soi_fixed)
+        if not isinstance(recipe.config, ISTNConfig):
+            across = not (isinstance(recipe.config, GeoRegConfig) and recipe.config.supervision == "within")
+            return objectives.multiscale(result, grid, recipe.config.similarity, recipe.bending, across=across)
+        return objectives.istn(recipe.variant, result, images, soi, grid, recipe.bending, recipe.coarsen)
+
+    def validate(self, model: nn.Module, device: torch.device) -> dict[str, float]:
+        """Dice, one pass, on validation people."""
+        return measure(model, self.cohort, self.judged, device)[0]
+
+    def picture(self, model: nn.Module, device: torch.device) -> bytes | None:
+        """The first validation pair: fixed, moving, warped, and the map of the fixed image."""
+        moving, fixed = self.judged[0]
+        images, grid = self.cohort.images, self.cohort.grid
+        result = model(images[[moving]].to(device), images[[fixed]].to(device), grid)
+        warped = warp(images[[moving]].to(device), result.transform, grid)
+        shown = [images[fixed, 0], images[moving, 0], warped[0, 0], result.features[1][0].amax(0)]
+        middle = (slice(None), slice(None), *[n // 2 for n in grid.shape[2:]])
+        figure, axes = plotting.axes(1, 4)
+        for ax, image, title in zip(axes.flat, shown, ("fixed", "moving", "warped", "map of fixed"), strict=True):
+            plotting.image(ax, image.detach().cpu()[middle], title=title)
+        return plotting.png(figure)
+
+    def figures(self, model: Model) -> dict[str, Any]:
+        """The card's part: Dice and folding of test people, before, in one pass and refined."""
+        cohort = self.cohort
+        pairs = pairs_to_test(cohort)
+        once, first_once = measure(model.network, cohort, pairs)
+        begun = time.perf_counter()
+        refined, first_refined = measure(model.network, cohort, pairs, refinement=model.refinement)
+        seconds = (time.perf_counter() - begun) / len(pairs)
+        return {
+            "data": cohort.origin,
+            "people": {split: len({cohort.people[i] for i in members}) for split, members in cohort.splits.items()},
+            "test_pairs": len(pairs),
+            "dice": {"before": _before(cohort, pairs), "one_pass": once["dice"], "refined": refined["dice"]},
+            "folding_percent": {"one_pass": once["folding_percent"], "refined": refined["folding_percent"]},
+            "first_pairs": _named(cohort, pairs, first_once, first_refined),
+            "refined_seconds_per_pair": round(seconds, 3),
+        }
+
+    @classmethod
+    def evaluate(cls, model: Model, pairs: int = 50, steps: int | None = None) -> dict[str, dict[str, float]]:
+        """Figures on test people: before, one pass, refined; see ``runs.evaluate``."""
+        cohort = load_cohort(model.card["recipe"]["data"])
+        chosen = pairs_to_test(cohort, pairs)
+        settings = model.refinement if steps is None else replace(model.refinement, steps=steps)
+        figures = {
+            "before": {"dice": _before(cohort, chosen)},
+            "one pass": measure(model.network, cohort, chosen)[0],
+        }
+        if settings.steps:
+            figures["refined"] = measure(model.network, cohort, chosen, refinement=settings)[0]
+        return figures
+
+    @classmethod
+    def first_pairs(cls, model: Model) -> list[dict[str, Any]]:
+        """The card's first pairs, measured anew."""
+        cohort = load_cohort(model.card["recipe"]["data"])
+        pairs = pairs_to_test(cohort)[:FIRST]
+        once = measure(model.network, cohort, pairs)[1]
+        return _named(cohort, pairs, once, measure(model.network, cohort, pairs, refinement=model.refinement)[1])
+
+    def _item(self, number: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        generator = torch.Generator().manual_seed(self.recipe.settings.seed * 1_000_000_007 + number)
+        pair = self.pairs[int(torch.randint(len(self.pairs), (), generator=generator))]
+        sides = [self._side(index, generator) for index in pair]
+        return (sides[0][0], sides[1][0]), (sides[0][1], sides[1][1])
+
+    def _side(self, index: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        cohort = self.cohort
+        tissue = None if cohort.tissue is None else cohort.tissue[[index]]
+        image, soi = cohort.images[[index]], cohort.soi[[index]]
+        return augmented(image, soi, cohort.grid, self.recipe.augmentation, generator, tissue, cohort.synthesis)
+
+
+def _before(cohort: Cohort, pairs: Sequence[tuple[int, int]]) -> float:
+    """Mean Dice of pairs as they are."""
+    return sum(figures_of(cohort, *pair, Identity(cohort.grid.dim)).dice for pair in pairs) / len(pairs)
+
+
+def _named(
+    cohort: Cohort, pairs: Sequence[tuple[int, int]], once: Sequence[PairFigures], refined: Sequence[PairFigures]
+) -> list[dict[str, Any]]:
+    rows = list(zip(pairs, once, refined, strict=True))[:FIRST]
+    return [
+        {"moving": cohort.people[m], "fixed": cohort.people[f], "one_pass": a.dice, "refined": b.dice}
+        for (m, f), a, b in rows
+    ]
+
+
+def start_from(built: nn.Module, model: Model) -> None:
+    """Give a network the weights of another of its kind; a second encoder that only it has begins as the first.
+
+    Raises:
+        ValueError: if the weights do not fit.
+    """
+    weights = model.network.state_dict()
+    both = {key.replace("encoders.0.", "encoders.1.", 1): value for key, value in weights.items()} | weights
+    try:
+        built.load_state_dict({key: both[key] for key in built.state_dict()})
+    except (KeyError, RuntimeError):
+        raise ValueError(f"The weights of {model.name} do not fit the network that was to start from them.") from None
