@@ -13,7 +13,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
@@ -27,53 +27,24 @@ from torch import Tensor
 from regteach import framing, metrics, objectives, similarity
 from regteach.affine import Affine
 from regteach.checkpoints import Model, load
+from regteach.correspondences import Keypoints, Table, correspondences, in_working_frame, inside, takes_no_points
 from regteach.data.volumes import Volume, save_displacement, save_volume
 from regteach.framing import Source, as_volume, span
 from regteach.grid import Grid
-from regteach.nets.keypoint_kernel import Field, KeypointKernel, KeypointTransform
+from regteach.nets.keypoint_field import KeypointTransform
+from regteach.nets.keypoint_kernel import KeypointKernel
 from regteach.refinement import Refinement, refine
 from regteach.sampling import warp
 from regteach.training import write_whole
 from regteach.transforms import Compose, Dense, Identity, Transform, displacement, jacobian_determinant
 
 Points = TypeVar("Points", np.ndarray, Tensor)
-Table = np.ndarray | Tensor | Sequence[Sequence[float]]  # n rows of coordinates
 
 SMALLEST = 8  # voxels along each axis
 SLAB = 2**21  # voxels that are warped at a time: a whole head at 1 mm would need GB
 EXACT = 2**24  # whole numbers up to here are exact in float32
 REPORT, WARPED, FIELD, LABELS = "report.json", "warped.nii.gz", "displacement.nii.gz", "warped_labels.nii.gz"
 WARNING = "For research and teaching, not for clinical use."
-
-
-@dataclass(frozen=True, eq=False)
-class Keypoints:
-    """What a field of keypoints needs to take in one more: of models with a kernel.
-
-    Args:
-        field: on the working grid, with a network of its own.
-        dense: the same at every voxel, ``1 *grid d``, mm.
-        det: Jacobian determinants of the transform there, ``1 *grid``.
-        grid: the working grid.
-        start: from the working grid's moving frame to the moving image's world.
-        fixed: the fixed image on the working grid.
-        read: the moving image on the working grid, through any transform to world coordinates.
-        given: correspondences that people gave.
-    """
-
-    field: Field
-    dense: Float[Tensor, "1 *grid d"]
-    det: Float[Tensor, "1 *grid"]
-    grid: Grid
-    start: Transform
-    fixed: Float[Tensor, "1 1 *grid"]
-    read: framing.Reader
-    given: int
-
-    @property
-    def transform(self) -> Dense:
-        """On the working grid."""
-        return Dense(self.dense, self.grid)
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +76,7 @@ class Registration:
         Raises:
             ValueError: if the points have another dimension, are not finite, or lie outside of the fixed image.
         """
-        given = _inside(points, self.fixed.grid, "points", "the fixed image")
+        given = inside(points, self.fixed.grid, "points", "the fixed image")
         moved = self.mapping(given.float()[None])[0] if len(given) else given.float()
         return moved.to(points.device) if isinstance(points, Tensor) else moved.numpy()
 
@@ -143,15 +114,11 @@ class Registration:
         begun = time.perf_counter()
         known = self.keypoints
         if known is None:
-            raise ValueError(_no_points(f"What {self.report.get('model', 'this model')} found"))
-        given = _correspondences((fixed_mm, moving_mm), self.fixed, self.moving)
-        points = _working(given, known.grid, known.start, known.fixed.device)
-        field, dense = known.field.added(points, known.dense[0], known.grid)
-        det = _determinant_again(known.det, known.dense, dense[None], known.grid)
-        known = replace(known, field=field, dense=dense[None], det=det, given=known.given + len(given[0]))
+            raise ValueError(takes_no_points(f"What {self.report.get('model', 'this model')} found"))
+        known = known.added(self.fixed, self.moving, (fixed_mm, moving_mm))
         mapping = Compose((known.transform, known.start))
         similar = self.report["similarity"] | {"after": _number(similarity.ncc(known.read(mapping), known.fixed))}
-        report = self.report | {"similarity": similar} | _regularity(det)
+        report = self.report | {"similarity": similar} | _regularity(known.det)
         report |= {"given_points": known.given, "points_added_in_seconds": round(time.perf_counter() - begun, 3)}
         return replace(self, mapping=_moved(mapping, torch.device("cpu")), report=report, keypoints=known)
 
@@ -245,8 +212,8 @@ def register(
     pair = {"moving": as_volume(moving, "the moving image"), "fixed": as_volume(fixed, "the fixed image")}
     _check(pair, model)
     if points is not None and not isinstance(model.network, KeypointKernel):
-        raise ValueError(_no_points(model.name))
-    given = None if points is None else _correspondences(points, pair["fixed"], pair["moving"])
+        raise ValueError(takes_no_points(model.name))
+    given = None if points is None else correspondences(points, pair["fixed"], pair["moving"])
     if isinstance(model.network, KeypointKernel):  # the result goes on using it: a copy, that nobody else changes
         model = replace(model, network=copy.deepcopy(model.network))
 
@@ -259,7 +226,7 @@ def register(
     }
     start = _moved(start, on)
     images = {"moving": readers["moving"](start), "fixed": readers["fixed"](Identity(grid.dim))}
-    where = None if given is None else _working(given, grid, start, on)
+    where = None if given is None else in_working_frame(given, grid, start, on)
     result, curve = _found(model, [images["moving"], images["fixed"]], grid, settings, where)
 
     mapping = Compose((result.transform, start))
@@ -345,89 +312,6 @@ def _reader(name: str, image: framing.Framed, grid: Grid, begin: Transform, devi
         raise ValueError(
             f"The {name} image shows nothing within the {span(grid.extent)} mm that the network looks at."
         ) from None
-
-
-def _points(points: Table) -> Tensor:
-    """In double precision: whether a point lies inside must not depend on rounding."""
-    if isinstance(points, Tensor):
-        return points.detach().cpu().double()
-    return torch.from_numpy(np.array(points, dtype=np.float64))
-
-
-def _inside(points: Table, grid: Grid, name: str, where: str) -> Float[Tensor, "n d"]:
-    """A table of finite points on a grid, or a ValueError."""
-    try:
-        given = _points(points)
-    except (TypeError, ValueError):
-        raise ValueError(f"{name.capitalize()} are a table of n rows and {grid.dim} columns of numbers.") from None
-    if given.ndim != 2 or given.shape[1] != grid.dim:
-        raise ValueError(
-            f"{name.capitalize()} are a table of n rows and {grid.dim} columns, but this is {tuple(given.shape)}."
-        )
-    wrong = int((~given.isfinite()).any(1).sum())
-    if wrong:
-        raise ValueError(f"{wrong} of {len(given)} {name} are not finite (NaN or infinity).")
-    # A voxel reaches half its width beyond its centre; a thousandth of it is left for rounding.
-    half = 0.501 * given.new_tensor(grid.spacing)
-    low, high = given.new_tensor(grid.origin) - half, given.new_tensor(grid.last) + half
-    outside = int(((given < low) | (given > high)).any(1).sum())
-    if outside:
-        raise ValueError(
-            f"{outside} of {len(given)} {name} lie outside of {where}, which reaches from "
-            f"{span(low.tolist())} to {span(high.tolist())} mm."
-        )
-    return given
-
-
-def _correspondences(points: Any, fixed: Volume, moving: Volume) -> tuple[Tensor, Tensor]:
-    """The pair of tables of ``points=``, world mm, or a ValueError."""
-    if not isinstance(points, tuple | list) or len(points) != 2:
-        raise ValueError("Known points are a pair of tables, (fixed_mm, moving_mm), of n rows each.")
-    first = _inside(points[0], fixed.grid, "points in fixed_mm", "the fixed image")
-    second = _inside(points[1], moving.grid, "points in moving_mm", "the moving image")
-    if len(first) != len(second):
-        raise ValueError(f"{len(first)} points in fixed_mm and {len(second)} in moving_mm are no pairs.")
-    if not len(first):
-        raise ValueError("There is no point in fixed_mm and moving_mm.")
-    for place, there in zip(first, second, strict=True):
-        same = (first == place).all(1)
-        if bool((second[same] != there).any()):
-            raise ValueError(f"The point {tuple(place.tolist())} mm of fixed_mm is given two places in moving_mm.")
-    return first, second
-
-
-def _working(
-    points: tuple[Tensor, Tensor], grid: Grid, start: Transform, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Points of the two worlds, in the frame that the network works in."""
-    fixed, moving = (table.float().to(device) for table in points)
-    _inside(points[0], grid, "points in fixed_mm", "what the network looks at")
-    return fixed, start.inverse()(moving[None])[0]
-
-
-def _no_points(name: str) -> str:
-    return f"{name} takes no points: only models of keypoints do, refined by their parameters or not at all."
-
-
-def _determinant_again(
-    det: Float[Tensor, "1 *grid"], before: Float[Tensor, "1 *grid d"], after: Float[Tensor, "1 *grid d"], grid: Grid
-) -> Float[Tensor, "1 *grid"]:
-    """Jacobian determinants of a field of which a part has changed: computed for the box around that part."""
-    where = (after != before).any(-1)[0].nonzero()
-    if not len(where):
-        return det
-    ends = list(zip(where.amin(0).tolist(), where.amax(0).tolist(), grid.shape, strict=True))
-    # A voxel's slopes look one voxel further: those one beyond the change are new, and need one more.
-    (low, high), (first, stop) = (
-        ([max(0, a - m) for a, _, _ in ends], [min(n, b + 1 + m) for _, b, n in ends]) for m in (2, 1)
-    )
-    box = (slice(None), *(slice(a, b) for a, b in zip(low, high, strict=True)))
-    part = grid.cropped(low, high)
-    found = jacobian_determinant(Dense(after[box], part), part)
-    inner = [slice(a - shift, b - shift) for a, b, shift in zip(first, stop, low, strict=True)]
-    changed = det.clone()
-    changed[(slice(None), *(slice(a, b) for a, b in zip(first, stop, strict=True)))] = found[(slice(None), *inner)]
-    return changed
 
 
 def _regularity(det: Float[Tensor, "1 *grid"]) -> dict[str, Any]:

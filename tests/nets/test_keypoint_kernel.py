@@ -16,14 +16,13 @@ from regteach import objectives
 from regteach.checkpoints import Model, load, save_model
 from regteach.grid import Grid
 from regteach.nets.kernel import HEADS, KernelConfig
+from regteach.nets.keypoint_field import KeypointTransform, affine_part
 from regteach.nets.keypoint_kernel import (
     FIVE,
     ONE,
     KeypointKernel,
     KeypointKernelConfig,
-    KeypointTransform,
     Scale,
-    affine_part,
 )
 from regteach.refinement import Refinement, refine
 from regteach.sampling import flat_points, warp
