@@ -295,7 +295,7 @@ def _georeg() -> list[Recipe]:
         "brains",
         "unsupervised",
         brain,
-        replace(FAST, steps=250, batch=1, validate_every=50),
+        replace(FAST, steps=800, batch=1, validate_every=100),
         Augmentation(3.0, 6.0, 1.06, 0.03, 2.0, 24.0, gamma=0.2, noise=0.02),
         bending=1.0,
         refinement=Refinement(50, "corrections", rate=0.2, bending=3.0),
