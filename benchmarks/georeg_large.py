@@ -18,7 +18,7 @@ people.
 
 Measured are HD95 of the structures, labels warped by nearest voxel (one that the warp loses counts as far off as the
 image is long, its diagonal); the end-point error, mean over the object (grey value above 0.1) where its partner lies
-inside the moving image; folding, of the whole image; seconds a pair, in batches of all pairs of a family and range.
+inside the moving image; folding, of the whole image; seconds a pair, all test pairs in one batch.
 
 Source: the families follow Sideri-Lampretsa et al., arXiv 2412.13294, Table 3; its numbers are lost.
 """
@@ -51,7 +51,7 @@ from regteach.refinement import Refinement, refine
 from regteach.result import Result, Step, assemble
 from regteach.sampling import warp
 from regteach.training import Settings
-from regteach.transforms import FreeForm, Identity, Transform, displacement, jacobian_determinant
+from regteach.transforms import Dense, FreeForm, Identity, Transform, displacement, jacobian_determinant
 
 NOTHING, AFFINE, SPLINE, UNET, ABLATION, GEOREG = (
     "nothing", "affine", "free-form", "U-Net", "feature warping", "GeoReg",
@@ -61,6 +61,8 @@ LEARNED = (UNET, ABLATION, GEOREG)
 CASES = tuple((family, level) for level in RANGES for family in FAMILIES)
 OBJECT = 0.1  # grey value above which a voxel is part of the object
 TEST_SEED = 1000  # of the test deformations; those for training count from 0
+
+Finder = Callable[[Tensor, Tensor], Transform]  # moving and fixed images to a transform
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ class Setup:
         spacings: control spacings of the free-form deformation, as parts of the shortest side, coarse to fine.
         spline_bending: weight of its bending energy, mm^2.
         coarsen: averages over so many voxels that the optimisations look at, one after the other.
+        optimisation: steps at each of these.
     """
 
     load: Callable[[], Cohort]
@@ -92,6 +95,7 @@ class Setup:
     spacings: tuple[float, ...] = (1 / 4, 1 / 8)
     spline_bending: float = 0.1
     coarsen: tuple[int, ...] = (4, 2, 1)
+    optimisation: int = 80
 
 
 @dataclass(frozen=True)
@@ -244,12 +248,14 @@ def optimised(moving: Tensor, fixed: Tensor, grid: Grid, setup: Setup, splines: 
         return refine(_NoNetwork(), found, grid, settings, compare).result.steps
 
     for factor in setup.coarsen:
-        steps = descend(steps, Refinement(100, rate=0.03, coarsen=factor))
+        steps = descend(steps, Refinement(setup.optimisation, rate=0.03, coarsen=factor))
     if splines:
         for part, factor in zip(setup.spacings, setup.coarsen[-len(setup.spacings) :], strict=True):
             ctrl = bspline.control_grid(grid, part * side)
             own = Step(moving.new_zeros(len(moving), *ctrl.shape, grid.dim), partial(_spline, grid=ctrl))
-            steps = descend((*steps, own), Refinement(100, rate=0.03, bending=setup.spline_bending, coarsen=factor))
+            steps = descend(
+                (*steps, own), Refinement(setup.optimisation, rate=0.03, bending=setup.spline_bending, coarsen=factor)
+            )
     return assemble(steps)
 
 
@@ -289,19 +295,18 @@ def recipe_of(method: str, setup: Setup, cohort: Cohort, seed: int, steps: int |
 
 def finders(
     setup: Setup, cohort: Cohort, seeds: Sequence[int], options: Options
-) -> list[tuple[dict[str, Any], Callable[[Tensor, Tensor], Transform]]]:
+) -> list[tuple[dict[str, Any], Finder]]:
     """Every method, and every seed of those that are trained: what it is, and how it registers a batch of images."""
     grid, device = cohort.grid, torch.device(options.device)
-    found: list[tuple[dict[str, Any], Callable[[Tensor, Tensor], Transform]]] = []
+    found: list[tuple[dict[str, Any], Finder]] = []
     methods = wanted(options)
     pool = mixture(cohort, setup.train, setup.copies) if set(methods) & set(LEARNED) else cohort
     for method in methods:
         if method == NOTHING:
-            found.append(({"method": method}, lambda moving, fixed: Identity(grid.dim)))
+            found.append(({"method": method}, _still))
         elif method not in LEARNED:
-            splines = method == SPLINE
-            find = partial(optimised, grid=grid, setup=setup, splines=splines)
-            found.append(({"method": method}, lambda moving, fixed, find=find: find(moving, fixed)))
+            find = partial(optimised, grid=grid, setup=setup, splines=method == SPLINE)
+            found.append(({"method": method}, find))
         else:
             for seed in seeds:
                 done = networks.trained(recipe_of(method, setup, pool, seed, options.steps), pool, options.runs)
@@ -310,6 +315,10 @@ def finders(
                 told |= {"training_seconds_wall": done.seconds, "best_step": done.best["step"]}
                 found.append((told, partial(_one_pass, network=network, grid=grid)))
     return found
+
+
+def _still(moving: Tensor, fixed: Tensor) -> Transform:
+    return Identity(moving.ndim - 2)
 
 
 @torch.no_grad()
@@ -336,16 +345,171 @@ def rows_of(name: str, setup: Setup, options: Options, split: str = "test") -> t
     seeds = options.seeds if name == "digits" else options.seeds[:1]
     device, rows = torch.device(options.device), []
     methods = finders(setup, cohort, seeds, options)
-    for family, level in CASES:
-        test = to_test(cohort, family, level, setup.test, split)
-        pairs = test.pairs(split)
-        moving, fixed = (test.images[list(side)].to(device) for side in zip(*pairs, strict=True))
-        for told, find in methods:
-            if (family, level) == CASES[0]:
-                find(moving[:1], fixed[:1])  # warms up
-            transform, spent = timed(partial(find, moving, fixed), device)
-            measured = figures(test, pairs, networks_to_cpu(transform))
+    tests = [to_test(cohort, *case, setup.test, split) for case in CASES]
+    sides = [list(zip(*test.pairs(split), strict=True)) for test in tests]
+    moving, fixed = (
+        torch.cat([t.images[list(side[k])] for t, side in zip(tests, sides, strict=True)]).to(device) for k in (0, 1)
+    )
+    for told, find in methods:
+        if told["method"] in LEARNED:
+            find(moving[:1], fixed[:1])  # warms up
+        transform, spent = timed(partial(find, moving, fixed), device)
+        field = displacement(transform, cohort.grid, moving).detach().cpu()  # all are read the same way
+        cost = {key: value / len(moving) for key, value in spent.items()}
+        begin = 0
+        for (family, level), test in zip(CASES, tests, strict=True):
+            pairs = test.pairs(split)
+            own = field if len(field) == 1 else field[begin : begin + len(pairs)]
+            begin += len(pairs)
             row = {"set": name, "family": family, "range": level, **told, "pairs": len(pairs)}
-            row |= {key: mean(values) for key, values in measured.items()}
-            rows.append(row | {key: value / len(pairs) for key, value in spent.items()})
+            row |= {key: mean(values) for key, values in figures(test, pairs, Dense(own, cohort.grid)).items()}
+            rows.append(row | cost)
     return rows, cohort
+
+
+# ---- what is shown ----
+
+
+def by_range(name: str, rows: Sequence[Mapping[str, Any]], cohort: Cohort, setup: Setup, options: Options) -> Table:
+    """Every method in every range, means over the families (and over the seeds, with their spread)."""
+    table = Table(
+        f"{name}: {len(FAMILIES)} families in one, {setup.test} pairs each",
+        ("range", "method", "parameters", "HD95, mm", "end-point error, mm", "folding, %", "seconds a pair"),
+    )
+    for level in RANGES:
+        for method in dict.fromkeys(row["method"] for row in rows):
+            chosen = [row for row in rows if (row["range"], row["method"]) == (level, method)]
+            count = f"{chosen[0]['parameters']:,}" if method in LEARNED else "-"
+            cells = [
+                _cell(_by_seed(chosen, key), digits) for key, digits in (("hd95", 2), ("error", 2), ("folding", 2))
+            ]
+            seconds = "-" if method == NOTHING else number(mean([row["seconds"] for row in chosen]), 4)
+            table.add(level, method, count, *cells, seconds)
+    lost = {method: mean([row["lost"] for row in rows if row["method"] == method]) for method in METHODS}
+    some = ", ".join(f"{method} {value:.3f}" for method, value in lost.items() if value > 0)
+    steps = setup.settings.steps if options.steps is None else options.steps
+    table.notes += [
+        f"{cohort.origin} Deformations are synthetic and known. The grid: {cohort.grid.shape}, "
+        f"{max(cohort.grid.spacing):g} mm.",
+        f"The networks: {steps} steps of {setup.settings.batch} pairs, all families and ranges in equal parts; "
+        f"{_seeds_said(rows)}.",
+        f"Structures lost a pair, mean: {some or 'none'}.",
+        *verdicts(rows),
+    ]
+    return table
+
+
+def by_family(name: str, rows: Sequence[Mapping[str, Any]], key: str, title: str) -> Table:
+    """One figure of every method in every family and range."""
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    table = Table(f"{name}: {title}", ("range", "family", *methods))
+    for family, level in CASES:
+        here = [row for row in rows if (row["family"], row["range"]) == (family, level)]
+        cells = [_cell(_by_seed([row for row in here if row["method"] == method], key), 2) for method in methods]
+        table.add(level, family, *cells)
+    return table
+
+
+def verdicts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Whether GeoReg leads its ablation and the U-Net at the largest range, in each figure."""
+    largest = list(RANGES)[-1]
+    there = {method for method in LEARNED if any(row["method"] == method for row in rows)}
+    said = []
+    for other in (ABLATION, UNET):
+        if not {GEOREG, other} <= there:
+            continue
+        for key, what in (("error", "end-point error"), ("hd95", "HD95")):
+            ours, theirs = (
+                _by_seed([r for r in rows if (r["method"], r["range"]) == (method, largest)], key)
+                for method in (GEOREG, other)
+            )
+            verb = "leads" if mean(ours) < mean(theirs) else "does not lead"
+            ahead = sum(a < b for a, b in zip(ours, theirs, strict=False))
+            said.append(
+                f"Range {largest}, {what}: GeoReg {_cell(ours, 2)} mm {verb} {other} {_cell(theirs, 2)} mm, "
+                f"ahead with {ahead} of {len(ours)} seeds."
+            )
+    return said
+
+
+def _by_seed(rows: Sequence[Mapping[str, Any]], key: str) -> list[float]:
+    """The mean over families, for each seed."""
+    seeds = dict.fromkeys(row.get("seed") for row in rows)
+    return [mean([row[key] for row in rows if row.get("seed") == seed]) for seed in seeds]
+
+
+def _cell(values: Sequence[float], digits: int) -> str:
+    return number(mean(values), digits) + (f" ± {number(tables.spread(values), digits)}" if len(values) > 1 else "")
+
+
+def _seeds_said(rows: Sequence[Mapping[str, Any]]) -> str:
+    seeds = len({row["seed"] for row in rows if "seed" in row})
+    return f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
+
+
+# ---- the sets ----
+
+
+def _digits() -> Cohort:
+    return padded(networks.load_cohort("digits"), 2)
+
+
+def _slices() -> Cohort:
+    return coarser(networks.load_cohort("slices"), 2)
+
+
+def _hippocampus() -> Cohort:
+    return coarser(networks.load_cohort("hippocampus"), 2)
+
+
+_ANY = Grid((8, 8))  # replaced by the grid of the images
+_LEVELS = GeoRegConfig(_ANY, (8, 16, 32, 64), (0, 3, 3, 3), (0, 3, 3), (0, 1, 2, 4))
+_BUDGET = Settings(steps=300, batch=8, rate=2e-3, warmup=30, decay=True, validate_every=100)
+SETUPS = {
+    "digits": Setup(_digits, _LEVELS, (16, 32, 64, 96), _BUDGET, train=80, copies=1, test=20, bending=0.3),
+    "slices": Setup(
+        _slices, _LEVELS, (16, 32, 64, 96), replace(_BUDGET, batch=2),
+        train=48, copies=6, test=4, bending=5.0,
+    ),
+    "hippocampus": Setup(
+        _hippocampus, replace(_LEVELS, grid=Grid((8, 8, 8))), (16, 32, 64, 80), replace(_BUDGET, batch=1),
+        train=50, copies=1, test=6, bending=1.0,
+    ),
+}  # fmt: skip
+
+
+def small() -> dict[str, Setup]:
+    """What ``--quick`` registers: two balls, with networks that have seen next to nothing."""
+    georeg = GeoRegConfig(_ANY, (4, 4, 8), (0, 3, 3), (3, 3))
+    budget = Settings(steps=2, batch=2, validate_every=1)
+    load = partial(networks.stand_in, Grid((16, 16)))
+    return {"stand-in": Setup(load, georeg, (4, 8), budget, 1, 1, 2, 0.1, (1 / 4,), 0.1, (2,), 2)}
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Run it; see the module."""
+    options = tyro.cli(Options, args=arguments)
+    unknown = [name for name in options.sets if name not in SETUPS]
+    if unknown or not options.seeds or (options.steps is not None and options.steps < 1):
+        raise ValueError(f"The sets are {', '.join(SETUPS)}; the numbers of seeds and steps are 1 or more.")
+    wanted(options)
+    torch.set_num_threads(options.threads)
+    device = torch.device(options.device)
+    facts = {"seeds": options.seeds, "quick": options.quick, "hardware": networks.hardware(device)}
+    every: list[dict[str, Any]] = []
+    shown: list[Table] = []
+    for name, setup in (small() if options.quick else {name: SETUPS[name] for name in options.sets}).items():
+        try:
+            rows, cohort = rows_of(name, setup, options)
+        except FileNotFoundError as error:
+            shown.append(Table(f"{name}: left out", (), notes=[str(error)]))
+            continue
+        every += rows
+        shown.append(by_range(name, rows, cohort, setup, options))
+        shown.append(by_family(name, rows, "error", "end-point error, mm, by family"))
+        shown.append(by_family(name, rows, "hd95", "HD95, mm, by family"))
+    return tables.report("benchmarks.georeg_large", arguments, options.json, shown, every, facts)
+
+
+if __name__ == "__main__":
+    tables.command(main)
