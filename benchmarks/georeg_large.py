@@ -451,7 +451,8 @@ def _seeds_said(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _digits() -> Cohort:
-    return padded(networks.load_cohort("digits"), 2)
+    cohort = padded(networks.load_cohort("digits"), 2)
+    return replace(cohort, origin="Real handwritten digits (MNIST), each registered to deformed copies of itself.")
 
 
 def _slices() -> Cohort:
