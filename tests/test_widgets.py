@@ -7,7 +7,7 @@ import pytest
 
 from regteach import widgets
 from regteach.plotting import image
-from regteach.widgets import Film, film, sweep, written
+from regteach.widgets import Film, film, form, sweep, written
 
 
 @pytest.fixture(autouse=True)
@@ -149,3 +149,52 @@ def test_films_written_wrongly_are_refused(options, complaint):
 )
 def test_values_are_written_shortly(value, text):
     assert written(value) == text
+
+
+FIELDS = {"at, mm": (0, 10), "length, mm": None}
+EXAMPLES = {"short": (2.0, 1.0), "long": (3.0, 8.0)}
+
+
+def draw_length(ax, numbers):
+    if numbers[1] > 100:
+        raise ValueError("a length is at most 100 mm")
+    ax.plot([0, numbers[0]], [0, numbers[1]])
+
+
+def live_form():
+    return widgets.Form(draw_length, EXAMPLES, FIELDS, "example", "A line of that length.", (1, 1))
+
+
+def test_a_form_shows_its_examples_as_a_strip_and_is_swept(capsys):
+    form(draw_length, EXAMPLES, FIELDS, label="example", alt="A line of that length")
+    assert capsys.readouterr().out == "Film: A line of that length. Frames for example: short, long.\n"
+    sweep()
+    assert capsys.readouterr().out == "Sweep: films 1, frames drawn 2.\n"
+
+
+def test_an_example_fills_the_fields_and_a_typed_number_draws_anew():
+    live = live_form()
+    live.slider.value = 0
+    assert live.numbers == (2.0, 1.0)
+    before = shown(live)
+    live.fields[1].value = 5.0
+    assert 'alt="A line of that length. at, mm: 2, length, mm: 5."' in shown(live)
+    assert shown(live) != before
+    live.slider.value = 1
+    assert live.numbers == (3.0, 8.0)
+    assert 'alt="A line of that length. example: long."' in shown(live)
+
+
+def test_numbers_that_can_not_be_drawn_are_said_and_the_next_ones_draw():
+    live = live_form()
+    live.fields[1].value = 1000.0
+    assert "This can not be drawn.</strong> ValueError: a length is at most 100 mm" in shown(live)
+    live.fields[1].value = 4.0
+    assert "length, mm: 4." in shown(live)
+
+
+def test_a_form_needs_two_examples_with_a_number_for_each_field():
+    with pytest.raises(ValueError, match="a number for each of its 2 fields"):
+        form(draw_length, {"a": (1.0,), "b": (1.0, 2.0)}, FIELDS, label="example", alt="A line of that length.")
+    with pytest.raises(ValueError, match="two examples"):
+        form(draw_length, {"a": (1.0, 2.0)}, FIELDS, label="example", alt="A line of that length.")
