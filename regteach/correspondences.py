@@ -1,4 +1,4 @@
-"""Points that a user gives: checked, brought into the frame that a network works in, and added to a field of keypoints."""
+"""Points that a user gives: checked, brought into the frame of a network, and added to a field of keypoints."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
