@@ -37,6 +37,7 @@ from torch import Tensor
 from benchmarks import networks, tables
 from benchmarks.harness import timed
 from benchmarks.networks import Figures, Recipe
+from benchmarks.pairwise import affine_step, descended
 from benchmarks.tables import Table, mean, number
 from regteach import bspline, metrics, objectives
 from regteach.affine import AffineBounds
@@ -47,8 +48,8 @@ from regteach.grid import Grid
 from regteach.nets.georeg import GeoRegConfig
 from regteach.nets.istn import count_parameters
 from regteach.nets.voxelmorph import VoxelMorphConfig
-from regteach.refinement import Refinement, refine
-from regteach.result import Result, Step, assemble
+from regteach.refinement import Refinement
+from regteach.result import Step, assemble
 from regteach.sampling import warp
 from regteach.training import Settings
 from regteach.transforms import Dense, FreeForm, Identity, Transform, displacement, jacobian_determinant
@@ -238,14 +239,10 @@ def optimised(moving: Tensor, fixed: Tensor, grid: Grid, setup: Setup, splines: 
     """
     side = min(grid.extent)
     bounds = AffineBounds(side / 3, 60.0, 2.0, 45.0)  # well beyond what the families do
-    start = moving.new_zeros(len(moving), sum(bounds.counts(grid.dim)))
-    steps: tuple[Step, ...] = (Step(start, partial(_affine, bounds=bounds, grid=grid)),)
-    similarity = setup.georeg.similarity
+    steps: tuple[Step, ...] = (affine_step(moving, grid, bounds),)
 
     def descend(steps: tuple[Step, ...], settings: Refinement) -> tuple[Step, ...]:
-        found = Result(assemble(steps), (moving, fixed), steps)
-        compare = partial(objectives.image_refinement, similarity=similarity)
-        return refine(_NoNetwork(), found, grid, settings, compare).result.steps
+        return descended(steps, (moving, fixed), grid, settings, setup.georeg.similarity)
 
     for factor in setup.coarsen:
         steps = descend(steps, Refinement(setup.optimisation, rate=0.03, coarsen=factor))
@@ -259,19 +256,8 @@ def optimised(moving: Tensor, fixed: Tensor, grid: Grid, setup: Setup, splines: 
     return assemble(steps)
 
 
-def _affine(logits: Tensor, bounds: AffineBounds, grid: Grid) -> Transform:
-    return bounds.parts(logits, grid.dim).about(grid.centre)
-
-
 def _spline(coefficients: Tensor, grid: Grid) -> Transform:
     return FreeForm(coefficients * min(grid.spacing), grid)
-
-
-class _NoNetwork:
-    """Refinement of parameters never asks the model."""
-
-    def align(self, moving: Tensor, fixed: Tensor, grid: Grid) -> Result:
-        raise NotImplementedError
 
 
 # ---- what is trained ----

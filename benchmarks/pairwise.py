@@ -5,7 +5,7 @@ first on averaged images and then on finer ones. The splines' coefficients stay 
 not fold.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -54,23 +54,29 @@ def optimised(moving: Tensor, fixed: Tensor, grid: Grid, how: Optimisation, spli
         how: to find it.
         splines: False stops after the affine.
     """
-    logits = moving.new_zeros(len(moving), sum(AffineBounds.counts(grid.dim)))
-    steps: tuple[Step, ...] = (Step(logits, partial(_affine, bounds=how.bounds, grid=grid)),)
+    settings = Refinement(how.steps, rate=how.rate, bending=how.bending)
+    steps: tuple[Step, ...] = (affine_step(moving, grid, how.bounds),)
     for factor in how.affine:
-        steps = _descended(steps, (moving, fixed), grid, how, factor)
+        steps = descended(steps, (moving, fixed), grid, replace(settings, coarsen=factor), how.similarity)
     if splines:
         ctrl = bspline.control_grid(grid, how.control_mm)
         steps = (*steps, Step(moving.new_zeros(len(moving), *ctrl.shape, grid.dim), partial(_spline, ctrl=ctrl)))
         for factor in how.splines:
-            steps = _descended(steps, (moving, fixed), grid, how, factor)
+            steps = descended(steps, (moving, fixed), grid, replace(settings, coarsen=factor), how.similarity)
     return assemble(steps)
 
 
-def _descended(
-    steps: tuple[Step, ...], images: tuple[Tensor, Tensor], grid: Grid, how: Optimisation, factor: int
+def affine_step(moving: Tensor, grid: Grid, bounds: AffineBounds) -> Step:
+    """An affine of each image about the middle of the grid, the identity to begin with."""
+    logits = moving.new_zeros(len(moving), sum(AffineBounds.counts(grid.dim)))
+    return Step(logits, partial(_affine, bounds=bounds, grid=grid))
+
+
+def descended(
+    steps: tuple[Step, ...], images: tuple[Tensor, Tensor], grid: Grid, settings: Refinement, similarity: str
 ) -> tuple[Step, ...]:
-    settings = Refinement(how.steps, rate=how.rate, bending=how.bending, coarsen=factor)
-    compare = partial(objectives.image_refinement, similarity=how.similarity)
+    """The steps with the parameters at which the images, moving and fixed, are most alike."""
+    compare = partial(objectives.image_refinement, similarity=similarity)
     return refine(_NoNetwork(), Result(assemble(steps), images, steps), grid, settings, compare).result.steps
 
 

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from regteach import metrics, objectives, plotting
+from regteach.affine import Affine
 from regteach.checkpoints import Model, network
 from regteach.data.intensity import normalised
 from regteach.data.thorax import NOTE, generate_patient, thorax_grid
@@ -24,7 +25,7 @@ from regteach.nets.keypoint_kernel import KeypointKernelConfig
 from regteach.refinement import Refinement, refine
 from regteach.sampling import warp
 from regteach.training import Settings
-from regteach.transforms import Dense, Identity, Transform, jacobian_determinant
+from regteach.transforms import Compose, Dense, Identity, Transform, jacobian_determinant
 
 SEED = 20260
 PATIENTS = {"train": range(8), "validation": range(8, 10), "test": range(10, 14)}
@@ -245,15 +246,19 @@ def _patient(grid: Grid, index: int) -> Patient:
 
 def mirrored(patient: Patient) -> Patient:
     """Left and right exchanged, about the middle of the grid."""
-    centre = patient.grid.centre[0]
+    dim = patient.grid.dim
+    turn = torch.eye(dim)
+    turn[0, 0] = -1.0
+    flip = Affine(turn[None], torch.zeros(1, dim), torch.tensor(patient.grid.centre))
 
     def flipped(points: Tensor) -> Tensor:
-        return torch.cat([2 * centre - points[:, :1], points[:, 1:]], 1)
+        return flip(points[None])[0]
 
     return replace(
         patient,
         moving=patient.moving.flip(2),
         fixed=patient.fixed.flip(2),
+        transform=Compose((flip, patient.transform, flip)),
         marks_fixed=flipped(patient.marks_fixed),
         marks_moving=flipped(patient.marks_moving),
     )
