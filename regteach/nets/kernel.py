@@ -7,7 +7,7 @@
 
 The geometry head sees positions (Fourier features), the semantics head image features at x and at y. Both work where
 only one is there: :class:`LearnedKernel` without semantics needs no images at all. Trust looks at what y says beside
-what its own neighbours say (:func:`leave_one_out`): a match that nobody confirms is heard less.
+what its own neighbours say (``nets.evidence``): a match that nobody confirms is heard less.
 
 The weights of a softmax are positive, so a weighted mean can not continue a slope; the plane through the neighbours
 (``degree=1``) can, and an affine motion is then reproduced whatever the weights are. Or a spline does
@@ -29,18 +29,16 @@ from torch import Tensor, nn
 
 from regteach.grid import Grid
 from regteach.nets.blocks import as_tuples, zero_start
+from regteach.nets.evidence import EVIDENCE, evidence
 from regteach.nets.learned_spline import LearnedSpline
 from regteach.ops.classical import Spline
 from regteach.ops.kernel_field import kernel_field, kernel_field_on
 from regteach.ops.kernel_weights import kernel_field_added, kernel_weights_on, weighted_sum
 from regteach.ops.neighbourhood import fourier_features
-from regteach.ops.neighbours import k_nearest
 from regteach.sampling import flat_points
 
 HEADS = ("geometry", "semantics")
-EVIDENCE = 6  # numbers about a match, see evidence
 GIVEN = 6.0  # logit of a correspondence that a person gave: e^6 times as much as a match of average trust
-RIDGE = 1e-3  # of a plane's spread, so that neighbours in a row define one too
 
 
 @dataclass(frozen=True)
@@ -358,61 +356,6 @@ class Reconstruction:
     @property
     def _taper(self) -> bool:
         return self.config.taper and len(self.keypoints_mm) > self.config.neighbours
-
-
-def evidence(
-    keypoints_mm: Float[Tensor, "m d"],
-    displacements_mm: Float[Tensor, "m d"],
-    neighbours: int,
-    spread_mm: Float[Tensor, "m"] | None = None,
-) -> Float[Tensor, "m 6"]:
-    """What speaks for and against a match: how far it is from what its neighbours say, and how far they agree.
-
-    Distance from the plane through the neighbours and from their median; how much the neighbours scatter; both
-    distances in units of that scatter; the spread of the match's own costs. All as log(1 + mm), or log(1 + ratio).
-    """
-    if len(keypoints_mm) < 3:
-        return keypoints_mm.new_zeros(len(keypoints_mm), 6)
-    plane, median, scatter = leave_one_out(keypoints_mm, displacements_mm, neighbours)
-    from_plane, from_median = (
-        (displacements_mm - other).square().sum(1).clamp_min(1e-12).sqrt() for other in (plane, median)
-    )
-    unit = scatter + 0.1
-    spread = torch.zeros_like(scatter) if spread_mm is None else spread_mm
-    said = [from_plane, from_median, scatter, from_plane / unit, from_median / unit, spread]
-    return torch.stack(said, 1).log1p()
-
-
-def leave_one_out(
-    keypoints_mm: Float[Tensor, "m d"], displacements_mm: Float[Tensor, "m d"], neighbours: int
-) -> tuple[Float[Tensor, "m d"], Float[Tensor, "m d"], Float[Tensor, "m"]]:
-    """What the neighbours of each keypoint say about it, itself left out.
-
-    Returns:
-        The plane through them (least squares), read at the keypoint; their median, axis by axis; and the median
-        distance of theirs from it, mm.
-    """
-    if len(keypoints_mm) < 2:
-        raise ValueError("What the others say about a keypoint needs at least 2 of them.")
-    near = k_nearest(keypoints_mm, keypoints_mm, neighbours + 1)
-    own = torch.arange(len(near), device=near.device)[:, None]
-    # It is one of its own nearest, but among keypoints at one place not always the first: the farthest takes its seat.
-    near = torch.where(near == own, near[:, -1:], near)[:, :-1]
-    said, offsets = displacements_mm[near], keypoints_mm[near] - keypoints_mm[:, None]
-    median = _median(said)
-    scatter = _median((said - median[:, None]).square().sum(-1).clamp_min(1e-12).sqrt())
-    middle, mean = offsets.mean(1, keepdim=True), said.mean(1, keepdim=True)
-    centred = offsets - middle
-    spread = centred.mT @ centred
-    ridge = RIDGE * spread.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None] + 1e-6
-    slopes = torch.linalg.solve(spread + ridge * torch.eye(spread.shape[-1]).to(spread), centred.mT @ (said - mean))
-    return (mean - middle @ slopes)[:, 0], median, scatter
-
-
-def _median(values: Tensor) -> Tensor:
-    """Along axis 1; of an even number the mean of the two in the middle, which torch's median is not."""
-    ordered, count = values.sort(1).values, values.shape[1]
-    return 0.5 * (ordered[:, (count - 1) // 2] + ordered[:, count // 2])
 
 
 def _mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:

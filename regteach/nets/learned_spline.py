@@ -31,7 +31,7 @@ class LearnedSpline(nn.Module):
     """The spline. Nothing is kept between calls.
 
     Args:
-        evidence: numbers that speak for or against a match, as ``nets.kernel.evidence`` gives them.
+        evidence: numbers that speak for or against a match, as ``nets.evidence`` gives them.
         width: of the hidden layers.
         neighbours: among which a match is judged.
     """

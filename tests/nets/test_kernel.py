@@ -12,7 +12,8 @@ from torch import Tensor
 from truths.fields import GRIDS, one_sentence, points_inside
 
 from regteach.grid import Grid
-from regteach.nets.kernel import HEADS, KernelConfig, LearnedKernel, Reconstruction, evidence, leave_one_out
+from regteach.nets.evidence import evidence, leave_one_out
+from regteach.nets.kernel import HEADS, KernelConfig, LearnedKernel, Reconstruction
 from regteach.sampling import flat_points
 
 SMALL = KernelConfig(dim=2, width=16, neighbours=8, length_mm=5.0)
