@@ -75,11 +75,18 @@ class CohortTask:
             [torch.cat([item[kind][side] for item in drawn]).to(device) for side in (0, 1)] for kind in (0, 1)
         )
         grid = self.cohort.grid
-        result = model(moving, fixed, grid)
         recipe, images, soi = self.recipe, (moving, fixed), (soi_moving, soi_fixed)
+        finest = sum(items[0] // recipe.settings.batch < step for step in recipe.coarse_first)
+        result = model(moving, fixed, grid, finest) if finest else model(moving, fixed, grid)
         if not isinstance(recipe.config, ISTNConfig):
             across = not (isinstance(recipe.config, GeoRegConfig) and recipe.config.supervision == "within")
-            return objectives.multiscale(result, grid, recipe.config.similarity, recipe.bending, across=across)
+            terms = objectives.multiscale(
+                result, grid, recipe.config.similarity, recipe.bending, recipe.weights, across=across
+            )
+            if finest:
+                # Several processes wait for the gradient of every parameter: the levels that rest have one of zero.
+                terms["image"] = terms["image"] + 0.0 * torch.stack([p.sum() for p in model.parameters()]).sum()
+            return terms
         return objectives.istn(recipe.variant, result, images, soi, grid, recipe.bending, recipe.coarsen)
 
     def validate(self, model: nn.Module, device: torch.device) -> dict[str, float]:

@@ -36,6 +36,9 @@ class Recipe:
         settings: of the loop.
         augmentation: of the images.
         bending: weight of the bending energy in training, mm^2.
+        weights: of each level of a network that is judged at every level, finest first; equal where left out. Cortex
+            that has been blurred to 16 mm says little of what lies below it: brains are judged by their fine levels.
+        coarse_first: the finest levels of a GeoReg join late, one after each of these numbers of steps: cheaper.
         coarsen: in training, alignment is judged on maps averaged over cubes of this many voxels.
         refinement: what is recommended at test time.
         start: name of a model that ships, whose weights training starts from.
@@ -48,6 +51,8 @@ class Recipe:
     settings: Settings
     augmentation: Augmentation = Augmentation()
     bending: float = 0.0
+    weights: tuple[float, ...] = ()
+    coarse_first: tuple[int, ...] = ()
     coarsen: int = 1
     refinement: Refinement = Refinement()
     start: str = ""

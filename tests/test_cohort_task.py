@@ -1,4 +1,4 @@
-"""Training that starts from weights that ship."""
+"""Training that starts from weights that ship, and levels that join late or count less."""
 
 from dataclasses import replace
 
@@ -6,10 +6,16 @@ import pytest
 import torch
 from truths.fields import one_sentence
 
+from regteach import objectives
 from regteach.checkpoints import Model, network
-from regteach.cohort_task import start_from
+from regteach.cohort_task import CohortTask, start_from
+from regteach.data.cohort import Cohort
 from regteach.grid import Grid
 from regteach.nets.georeg import GeoReg, GeoRegConfig
+from regteach.recipes import Recipe
+from regteach.sampling import warp
+from regteach.similarity import ncc
+from regteach.training import Settings
 
 SMALL = GeoRegConfig(Grid((16, 16)), (4, 8, 8), (0, 3, 3), (3, 3))
 
@@ -52,3 +58,33 @@ def test_weights_that_do_not_fit_get_one_sentence() -> None:
         with pytest.raises(ValueError, match="weights of first do not fit") as error:
             start_from(network(SMALL), Model("first", shaken(other)))
         assert one_sentence(error.value)
+
+
+def test_a_level_that_joins_late_rests_until_then() -> None:
+    """While the finest level rests, its parameters have a gradient, of zero: several processes wait for one."""
+    torch.manual_seed(0)
+    grid = Grid((16, 16))
+    labels = torch.ones(4, 16, 16, dtype=torch.long)
+    splits = {"train": (0, 1), "validation": (2,), "test": (3,)}
+    images, soi = torch.rand(4, 1, 16, 16), labels[:, None].float()
+    cohort = Cohort("noise", images, soi, labels, grid, tuple("abcd"), {1: "all"}, splits, "")
+    recipe = Recipe("late", "noise", "unsupervised", SMALL, Settings(steps=2, batch=2), coarse_first=(1,))
+    task = CohortTask(recipe, cohort)
+    for step, rests in ((0, True), (1, False)):
+        net = shaken(SMALL)
+        terms = task.loss(net, (2 * step, 2 * step + 1), torch.device("cpu"))
+        terms["image"].sum().backward()
+        still = [bool((p.grad == 0).all()) for p in net.inherit[0].parameters() if p.grad is not None]
+        assert len(still) == len(list(net.inherit[0].parameters()))
+        assert all(still) is rests
+
+
+def test_the_weights_of_the_levels_count() -> None:
+    """With all weight on the finest level the loss is that of the finest level."""
+    torch.manual_seed(0)
+    grid, net = Grid((16, 16)), shaken(SMALL)
+    moving, fixed = torch.rand(2, 1, 1, 16, 16)
+    result = net(moving, fixed, grid)
+    finest = 1 - ncc(warp(moving, result.transform, grid), fixed)
+    terms = objectives.multiscale(result, grid, weights=(1.0, 0.0, 0.0))
+    torch.testing.assert_close(terms["image"], finest)

@@ -181,24 +181,27 @@ class GeoReg(nn.Module):
             nn.Linear(parent, child, bias=False) for child, parent in itertools.pairwise(widths) if config.carry
         )
 
-    def forward(self, moving: Tensor, fixed: Tensor, grid: Grid) -> Result:
+    def forward(self, moving: Tensor, fixed: Tensor, grid: Grid, finest: int = 0) -> Result:
         """Register a batch of pairs.
 
         Args:
             moving: ``b c *grid`` in [0, 1].
             fixed: the same.
             grid: where both sit; any size that can be halved as often as needed, any spacing.
+            finest: stop after this level, counted from the finest, 0: a coarse answer, and most of the time saved.
 
         Returns:
-            The transform, a Dense on ``grid``; the images as features; a step for every position update, coarse to
-            fine, whose parameters are displacements in mm on its level's grid.
+            The transform, a Dense on ``grid``, or on that of the level where it stops; the images as features; a step
+            for every position update, coarse to fine, whose parameters are displacements in mm on its level's grid.
         """
         self._check(moving, fixed, grid)
+        if not 0 <= finest < len(self.config.widths):
+            raise ValueError(f"Levels are counted from 0, the finest, to {len(self.config.widths) - 1}, not {finest}.")
         pyramids = [
             encoder(image, self.config.checkpointed)
             for encoder, image in zip((self.encoders[0], self.encoders[-1]), (moving, fixed), strict=True)
         ]
-        steps = self._decode(pyramids[0], pyramids[1], grid)
+        steps = self._decode(pyramids[0], pyramids[1], grid, finest)
         return Result(after_each(steps)[-1], (moving, fixed), steps)
 
     def align(self, moving: Tensor, fixed: Tensor, grid: Grid) -> Result:
@@ -207,10 +210,10 @@ class GeoReg(nn.Module):
         return result
 
     @exactly
-    def _decode(self, moving: list[Tensor], fixed: list[Tensor], grid: Grid) -> tuple[Step, ...]:
+    def _decode(self, moving: list[Tensor], fixed: list[Tensor], grid: Grid, finest: int) -> tuple[Step, ...]:
         steps: list[Step] = []
         parent: _Level | None = None
-        for level in reversed(range(len(self.config.widths))):
+        for level in reversed(range(finest, len(self.config.widths))):
             here = _Level.at_rest(grid.coarsened(2**level), fixed[level].float(), moving[level].float())
             if parent is not None:
                 here, own = self._inherited(level, here, parent)

@@ -208,6 +208,20 @@ def test_gradients_cross_levels_only_across(supervision: str, reaches: bool) -> 
     assert (coarsest is not None and bool(coarsest.abs().sum() > 0)) is reaches
 
 
+@BOTH
+def test_stopping_at_a_level_is_the_beginning_of_the_whole(config: GeoRegConfig) -> None:
+    net = net_of(config, moving=True)
+    whole = net(*images(config), config.grid).steps
+    for finest in range(len(config.widths)):
+        stopped = net(*images(config), config.grid, finest)
+        assert isinstance(stopped.transform, Dense)
+        assert stopped.transform.grid == config.grid.coarsened(2**finest)
+        for step, same in zip(stopped.steps, whole, strict=False):
+            assert torch.equal(step.parameters, same.parameters)
+    with pytest.raises(ValueError, match="counted from 0"):
+        net(*images(config), config.grid, len(config.widths))
+
+
 def test_half_precision_convolutions_leave_coordinates_alone() -> None:
     net = net_of(FLAT, moving=True)
     with torch.autocast("cpu", torch.bfloat16):
