@@ -34,6 +34,7 @@ class Cohort:
         tissue: ``n *grid``, a finer label map from which a contrast can be drawn, where there is one.
         synthesis: draws images from tissue maps, for training on contrasts that nobody has measured.
         given_pairs: (moving, fixed) where the data set itself says which images belong together.
+        groups: of each image; people of two groups are never paired. One group where left out.
 
     Raises:
         ValueError: if the shapes do not fit, or a person is in two splits.
@@ -51,9 +52,12 @@ class Cohort:
     tissue: Int[Tensor, "n *grid"] | None = None
     synthesis: Synthesis | None = None
     given_pairs: Mapping[str, tuple[tuple[int, int], ...]] = field(default_factory=dict)
+    groups: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         n, shape = len(self.people), self.grid.shape
+        if len(self.groups) not in (0, n):
+            raise ValueError(f"{self.name} has {n} images, but names the groups of {len(self.groups)}.")
         sizes = {"images": self.images.shape[2:], "soi": self.soi.shape[2:], "labels": self.labels.shape[1:]}
         if self.tissue is not None:
             sizes["tissue"] = self.tissue.shape[1:]
@@ -93,7 +97,7 @@ class Cohort:
             raise ValueError(f"{self.name} is split into {', '.join(self.splits)}, not {split!r}.")
         members = self.splits[split]
         every = self.given_pairs.get(split) or tuple(
-            (m, f) for m in members for f in members if self.people[m] != self.people[f]
+            (m, f) for m in members for f in members if self.people[m] != self.people[f] and self._akin(m, f)
         )
         if count is None or (self.given_pairs.get(split) and count == len(every)):
             return every
@@ -101,6 +105,9 @@ class Cohort:
             raise ValueError(f"{self.name} has {len(every)} pairs in its {split} set, and {count} were asked for.")
         order = torch.randperm(len(every), generator=torch.Generator().manual_seed(seed))
         return tuple(every[i] for i in order[:count].tolist())
+
+    def _akin(self, first: int, second: int) -> bool:
+        return not self.groups or self.groups[first] == self.groups[second]
 
 
 def split_by_person(people: tuple[str, ...], parts: Mapping[str, int], seed: int) -> dict[str, tuple[int, ...]]:
@@ -134,8 +141,13 @@ def one_hot(labels: Int[Tensor, "n *grid"], structures: Mapping[int, str]) -> Fl
     return torch.stack([labels == label for label in structures], dim=1).float()
 
 
-def joined(name: str, cohorts: Sequence[Cohort]) -> Cohort:
+def joined(name: str, cohorts: Sequence[Cohort], mixed: bool = True) -> Cohort:
     """Several cohorts on one grid, with the same structures, as one; each keeps its people in their splits.
+
+    Args:
+        name: of the whole.
+        cohorts: parts.
+        mixed: also pair people of different cohorts.
 
     Raises:
         ValueError: if the grids or the structures differ.
@@ -161,4 +173,5 @@ def joined(name: str, cohorts: Sequence[Cohort]) -> Cohort:
         " ".join(dict.fromkeys(cohort.origin for cohort in cohorts)),
         torch.cat(tissues) if len(tissues) == len(cohorts) else None,
         first.synthesis,
+        groups=() if mixed else tuple(cohort.name for cohort in cohorts for _ in cohort.people),
     )

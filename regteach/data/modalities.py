@@ -90,12 +90,8 @@ def two_contrasts(cohort: Cohort, seed: int = 0, moving: str = "T1") -> Cohort:
         people=(*cohort.people, *cohort.people),
         splits={split: (*members, *(i + n for i in members)) for split, members in cohort.splits.items()},
         origin=f"{cohort.origin} The T2 is synthetic.",
-        given_pairs={
-            split: tuple(
-                (m + first, f + second) for m in members for f in members if cohort.people[m] != cohort.people[f]
-            )
-            for split, members in cohort.splits.items()
-        },
+        groups=(*cohort.groups, *cohort.groups),
+        given_pairs={split: tuple((m + first, f + second) for m, f in cohort.pairs(split)) for split in cohort.splits},
     )
 
 

@@ -214,6 +214,22 @@ def test_pairs_of_joined_cohorts_cross_them_and_not_the_splits(three: list[Cohor
     assert len(both.pairs("test")) == 5 * 4
 
 
+def test_pairs_of_cohorts_that_are_not_mixed_stay_within_each(three: list[Cohort]) -> None:
+    apart = joined("all", three, mixed=False)
+    for split in SPLITS:
+        pairs = apart.pairs(split)
+        assert set(pairs) == {
+            (m, f) for m, f in joined("all", three).pairs(split) if apart.groups[m] == apart.groups[f]
+        }
+    assert apart.pairs("test")
+    assert not apart.pairs("train")  # one person of each
+
+
+def test_groups_are_those_of_every_image(ten: Cohort) -> None:
+    with pytest.raises(ValueError, match="10 images, but names the groups of 3"):
+        dataclasses.replace(ten, groups=("x", "y", "z"))
+
+
 def test_a_cohort_joined_with_nothing_is_itself(three: list[Cohort]) -> None:
     alone = joined("one", three[:1])
     assert torch.equal(alone.images, three[0].images)
