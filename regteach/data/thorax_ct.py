@@ -266,9 +266,11 @@ def _fitted_dome(lung: Lung, places: Float[np.ndarray, "n 3"]) -> Terms:
     exponents = [(i, j) for i in range(DEGREE + 1) for j in range(DEGREE + 1 - i)]
     matrix = np.stack([w[:, 0] ** i * w[:, 1] ** j for i, j in exponents], 1)
     weights = np.ones(len(w))
+    # Without it the polynomial swings at the inner edge of a real lung, and the motion folds there.
+    ridge = 1e-3 * len(w) * np.eye(len(exponents))
     for _ in range(10):
         weighted = matrix * weights[:, None]
-        fit = np.linalg.solve(matrix.T @ weighted + 1e-3 * np.eye(len(exponents)), weighted.T @ height)
+        fit = np.linalg.solve(matrix.T @ weighted + ridge, weighted.T @ height)
         residual = (height - matrix @ fit) / 8.0  # mm: farther from the surface than that, a column counts less
         weights = 1 / (1 + residual**2)
     return tuple(zip(exponents, fit.tolist(), strict=True))
