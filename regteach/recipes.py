@@ -317,11 +317,11 @@ def _georeg() -> list[Recipe]:
         "brains-by-source",
         "unsupervised",
         brain,
-        replace(FAST, steps=550, batch=1, validate_every=50),
+        replace(FAST, steps=3000, batch=1, validate_every=100),
         Augmentation(2.0, 4.0, 1.05, 0.03, 2.0, 24.0, gamma=0.2, noise=0.02),
         bending=3.0,
         weights=(1.0, 1.0, 0.1, 0.01),
-        coarse_first=(400,),
+        coarse_first=(2500,),
         refinement=Refinement(50, "corrections", rate=0.2, bending=3.0),
         start="georeg-hippocampus",  # matching is learned once: whole brains take longer than many small crops
     )
