@@ -5,7 +5,7 @@
 Parts, each with the shipped model of its name, on pairs of people that it was not trained on:
 
 - hippocampus: real scans.
-- brains: six donors and the SynthSeg people at 2 mm: real label maps, synthetic T1.
+- brains: six donors and the SynthSeg people at 2 mm, each with others of their source: real label maps, synthetic T1.
 - brains-t1t2: the same people, T1 to T2, both synthetic.
 - mni-t1t2: the model of brains-t1t2 on the real T1 and T2 of the MNI template: as they are, where nothing should move,
   and the T2 deformed, with a known answer.
@@ -150,7 +150,7 @@ def trials(part: Part, options: Options) -> list[Trial]:
         scans = load_oasis(BRAINS.spacing[0], BRAINS.shape, sides="merged", limit=OASIS_SCANS)
         cohort = replace(scans, splits={"train": (), "validation": (), "test": tuple(range(len(scans)))})
     else:
-        cohort = networks.load_cohort(part)
+        cohort = networks.load_cohort(networks.find_recipe(MODELS[part]).data)
     people = len({cohort.people[i] for i in cohort.splits["test"]})
     what = f"{people} {'eyes' if part == 'retina' else 'people'} of {cohort.name} that are kept for testing"
     return [Trial(part, what, cohort, networks.pairs_to_test(cohort, options.pairs), getattr(cohort, "truth", None))]

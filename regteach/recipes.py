@@ -107,10 +107,9 @@ def _brains_by_source() -> Cohort:
     from regteach.data.brains import load_donors, load_synthseg
 
     at = {"spacing_mm": 2.0, "shape": BRAINS.shape, "sides": "merged"}
-    maps = load_synthseg(**at)  # type: ignore[arg-type]
+    donors, maps = load_donors(**at), load_synthseg(**at)  # type: ignore[arg-type]
     first, *others = maps.splits["train"]
     splits = {**maps.splits, "train": tuple(others), "validation": (*maps.splits["validation"], first)}
-    donors = load_donors(**at)  # type: ignore[arg-type]
     return joined("brains-by-source", [donors, replace(maps, splits=splits)], mixed=False)
 
 
