@@ -46,6 +46,10 @@ class CohortTask:
             raise ValueError(f"A variant of ISTN is one of {', '.join(objectives.ISTN)}, not {variant!r}.")
         if not isinstance(config, ISTNConfig) and (variant != "unsupervised" or self.recipe.coarsen != 1):
             raise ValueError(f"{self.recipe.name} learns from the images alone: unsupervised, and coarsen is 1.")
+        if self.recipe.coarse_first and not isinstance(config, GeoRegConfig):
+            raise ValueError(f"{self.recipe.name} has no levels that could join late: only those of a GeoReg can.")
+        if self.recipe.weights and isinstance(config, ISTNConfig):
+            raise ValueError(f"{self.recipe.name} is not judged level by level, so its levels have no weights.")
         if isinstance(config, ISTNConfig) and config.itn and config.structures != cohort.soi.shape[1]:
             raise ValueError(
                 f"{self.recipe.name} draws {config.structures} structures, but {cohort.name} has {cohort.soi.shape[1]}."

@@ -1,6 +1,7 @@
 """Training that starts from weights that ship, and levels that join late or count less."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from regteach.cohort_task import CohortTask, start_from
 from regteach.data.cohort import Cohort
 from regteach.grid import Grid
 from regteach.nets.georeg import GeoReg, GeoRegConfig
-from regteach.recipes import Recipe
+from regteach.recipes import Recipe, find_recipe
 from regteach.sampling import warp
 from regteach.similarity import ncc
 from regteach.training import Settings
@@ -77,6 +78,15 @@ def test_a_level_that_joins_late_rests_until_then() -> None:
         still = [bool((p.grad == 0).all()) for p in net.inherit[0].parameters() if p.grad is not None]
         assert len(still) == len(list(net.inherit[0].parameters()))
         assert all(still) is rests
+
+
+@pytest.mark.parametrize(
+    ("change", "says"), [({"coarse_first": (5,)}, "join late"), ({"weights": (1.0,)}, "level by level")]
+)
+def test_levels_are_those_of_a_network_that_has_them(change: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says) as error:
+        CohortTask(replace(find_recipe("istn-trees-affine-explicit"), **change))
+    assert one_sentence(error.value)
 
 
 def test_the_weights_of_the_levels_count() -> None:

@@ -267,7 +267,7 @@ def _fitted_dome(lung: Lung, places: Float[np.ndarray, "n 3"]) -> Terms:
     matrix = np.stack([w[:, 0] ** i * w[:, 1] ** j for i, j in exponents], 1)
     weights = np.ones(len(w))
     # Without it the polynomial swings at the inner edge of a real lung, and the motion folds there.
-    ridge = 1e-3 * len(w) * np.eye(len(exponents))
+    ridge = 3e-3 * len(w) * np.eye(len(exponents))
     for _ in range(10):
         weighted = matrix * weights[:, None]
         fit = np.linalg.solve(matrix.T @ weighted + ridge, weighted.T @ height)

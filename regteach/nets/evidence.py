@@ -22,7 +22,7 @@ def evidence(
     distances in units of that scatter; the spread of the match's own costs. All as log(1 + mm), or log(1 + ratio).
     """
     if len(keypoints_mm) < 3:
-        return keypoints_mm.new_zeros(len(keypoints_mm), 6)
+        return keypoints_mm.new_zeros(len(keypoints_mm), EVIDENCE)
     plane, median, scatter = leave_one_out(keypoints_mm, displacements_mm, neighbours)
     from_plane, from_median = (
         (displacements_mm - other).square().sum(1).clamp_min(1e-12).sqrt() for other in (plane, median)

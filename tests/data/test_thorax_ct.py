@@ -124,8 +124,9 @@ def test_noise_is_added_to_the_fixed_image_alone_and_by_seed(scan: ThoraxScan, t
 
 
 @pytest.mark.skipif(not HERE, reason="the thorax CT is not fetched")
-def test_the_real_ct_breathes_without_folding() -> None:
-    scan = load_thorax_ct(6.0)
+@pytest.mark.parametrize("spacing_mm", [6.0, 4.0, 3.0])
+def test_the_real_ct_breathes_without_folding(spacing_mm: float) -> None:
+    scan = load_thorax_ct(spacing_mm)
     assert float(scan.mask.sum()) * scan.grid.voxel_volume / 1e6 == pytest.approx(3.69, rel=0.03)
     transform = fit_lungs(scan.labels, scan.grid)
     assert fit_dice(transform, scan.labels, scan.grid) > 0.85
