@@ -54,6 +54,8 @@ class Refinement:
         rate: step size of Adam, in the unit of the parameters (a bound's fraction, near 0; mm for displacements) or of
             the weights.
         bending: weight of the bending energy, mm^2.
+        images: weight of 1 - local NCC of the images themselves beside the maps, for a model whose features are maps:
+            they say where a structure lies, the images how its border runs, and what lies between.
         focus_mm: look only this far around what the maps show; 0 looks everywhere. Faster, and the same where the maps
             are empty elsewhere.
         coarsen: compare the maps averaged over cubes of this many voxels: eight times as fast in 3D for 2, and blind to
@@ -66,6 +68,7 @@ class Refinement:
     mode: str = "parameters"
     rate: float = 0.03
     bending: float = 0.0
+    images: float = 0.0
     focus_mm: float = 0.0
     coarsen: int = 1
     patience: int = 0
@@ -113,29 +116,40 @@ def refine(
             the model was trained to align by.
         watch: called with the number of steps taken and the current transform: for curves against labels, which the
             refinement itself never sees.
+
+    Raises:
+        ValueError: if weights are watched for several pairs at once, or images are wanted that the result lacks.
     """
     settings, loss = settings or Refinement(), loss or objectives.at_test_time(model)
     features = (result.features[0].detach(), result.features[1].detach())
     # Outside of mixed precision, whoever calls: coordinates need all the digits of float32.
     with torch.autocast(features[0].device.type, enabled=False):
-        if settings.mode != "weights":
+        if settings.mode == "weights":
+            if watch is not None and len(features[0]) > 1:
+                raise ValueError("Weights are refined pair by pair: watch one pair at a time.")
+            found = _refine_each_pairs_weights(model, result, grid, settings, loss, watch)
+        else:
             steps = result.steps if settings.mode == "parameters" else corrections(result.transform, grid)
-            return _refine_parameters(steps, features, grid, settings, loss, watch)
-        if watch is not None and len(features[0]) > 1:
-            raise ValueError("Weights are refined pair by pair: watch one pair at a time.")
-        pairs = [(features[0][i : i + 1], features[1][i : i + 1]) for i in range(len(features[0]))]
-        each = [_refine_weights(model, pair, grid, settings, loss, watch) for pair in pairs]
-        steps = tuple(
-            replace(step, parameters=torch.cat([one.result.steps[k].parameters for one in each]))
-            for k, step in enumerate(result.steps)
-        )
-        longest = max(len(one.curve) for one in each)
-        curves = [torch.cat([one.curve, one.curve[-1:].expand(longest - len(one.curve), -1)]) for one in each]
-        return Refined(
-            Result(assemble(steps), features, steps),
-            torch.cat(curves, 1),
-            torch.cat([one.stopped for one in each]),
-        )
+            both = _with_images(loss, result.images, settings)
+            found = _refine_parameters(steps, features, grid, settings, both, watch)
+    return replace(found, result=replace(found.result, features=features, images=result.images))
+
+
+def _with_images(loss: Loss, images: tuple[Tensor, Tensor] | None, settings: Refinement) -> Loss:
+    """The loss, and beside it what the images themselves say, where they are wanted."""
+    if not settings.images:
+        return loss
+    if images is None:
+        raise ValueError("The refinement is to look at the images beside the maps, but the result carries no images.")
+    compared = tuple(objectives.averaged(image.detach(), settings.coarsen) for image in images)
+
+    def both(
+        features: tuple[Tensor, Tensor], transform: Transform, grid: Grid, focus: objectives.Focus | None
+    ) -> Float[Tensor, "b"]:
+        seen = objectives.image_refinement((compared[0], compared[1]), transform, grid, focus, "local_ncc")
+        return loss(features, transform, grid, focus) + settings.images * seen
+
+    return both
 
 
 @torch.no_grad()
@@ -190,6 +204,34 @@ def _refine_parameters(
         else:
             keeper.note(*now())
     return keeper.refined(steps, features)
+
+
+def _refine_each_pairs_weights(
+    model: Aligner,
+    result: Result,
+    grid: Grid,
+    settings: Refinement,
+    loss: Loss,
+    watch: Callable[[int, Transform], None] | None,
+) -> Refined:
+    """Each pair gets a copy of the network of its own."""
+    each = []
+    for i in range(len(result.features[0])):
+        features, images = _pair(result.features, i), _pair(result.images, i) if result.images else None
+        each.append(_refine_weights(model, features, grid, settings, _with_images(loss, images, settings), watch))
+    steps = tuple(
+        replace(step, parameters=torch.cat([one.result.steps[k].parameters for one in each]))
+        for k, step in enumerate(result.steps)
+    )
+    longest = max(len(one.curve) for one in each)
+    curves = [torch.cat([one.curve, one.curve[-1:].expand(longest - len(one.curve), -1)]) for one in each]
+    found = Result(assemble(steps), result.features, steps)
+    return Refined(found, torch.cat(curves, 1), torch.cat([one.stopped for one in each]))
+
+
+def _pair(both: tuple[Tensor, Tensor], i: int) -> tuple[Tensor, Tensor]:
+    """One pair of a batch."""
+    return both[0][i : i + 1].detach(), both[1][i : i + 1].detach()
 
 
 def _refine_weights(

@@ -45,11 +45,13 @@ class Result:
         transform: fixed points to moving points, mm.
         features: what the test-time loss compares, moving and fixed, ``b k *grid`` each.
         steps: what the transform is made of, coarse to fine.
+        images: moving and fixed, where the features are something else than the images.
     """
 
     transform: Transform
     features: tuple[Tensor, Tensor]
     steps: tuple[Step, ...]
+    images: tuple[Tensor, Tensor] | None = None
 
     def up_to(self, count: int) -> Transform:
         """The transform after the first ``count`` steps."""

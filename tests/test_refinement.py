@@ -20,6 +20,7 @@ from regteach.refinement import Refined, Refinement, corrections, refine
 from regteach.regularity import bending_energy_spline_plain
 from regteach.result import Result, assemble
 from regteach.sampling import grid_points, warp
+from regteach.similarity import local_ncc
 from regteach.transforms import Dense, Identity, Transform, displacement
 
 GRIDS = {2: Grid((32, 28), (1.0, 1.5), (-10.0, 3.0)), 3: Grid((20, 18, 16), (1.0, 1.5, 2.0), (-10.0, 3.0, 5.5))}
@@ -120,14 +121,16 @@ def test_the_weights_find_the_way_too():
 # One by one or together
 
 
+@pytest.mark.parametrize("images", [0.0, 1.0])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dim", [2, 3])
-def test_three_pairs_together_are_three_pairs_one_by_one(dim, mode):
+def test_three_pairs_together_are_three_pairs_one_by_one(dim, mode, images):
     grid = GRIDS[dim]
     moving, fixed = three_pairs(grid)
     model = network(grid)
     # Adam's first steps turn every number by the rate: for a field of its own at every voxel that is rough.
     settings = Refinement(steps=5, mode=mode, rate=RATE[mode], bending=1e-3 if mode == "corrections" else 1.0)
+    settings = replace(settings, images=images)
     together = refine(model, model(moving, fixed, grid), grid, settings)
     for i in range(3):
         start = model(moving[[i]], fixed[[i]], grid)
@@ -136,6 +139,66 @@ def test_three_pairs_together_are_three_pairs_one_by_one(dim, mode):
         moved = both(together.result, grid)[[i]]
         torch.testing.assert_close(moved, both(alone.result, grid), rtol=0, atol=1e-3)
         assert moved.abs().max() > 0.1
+
+
+# The images beside the maps
+
+
+def maps_and_images(grid: Grid) -> tuple[Result, Tensor, Tensor]:
+    """A pair whose maps show nothing, so that only the images can tell how it moved."""
+    moving, fixed = pairs_of(grid, known(grid, TURNED, [1.5, -1.2, 0.8]))
+    start = network(grid, AFFINE)(moving, fixed, grid)
+    empty = torch.zeros_like(moving)
+    return replace(start, features=(empty, empty), images=(moving, fixed)), moving, fixed
+
+
+def test_where_the_maps_are_empty_the_images_bring_the_motion_back():
+    grid = GRIDS[2]
+    given, _, fixed = maps_and_images(grid)
+    truth = displacement(known(grid, TURNED, [1.5, -1.2, 0.8]), grid)
+    seen = fixed[:, 0] > 0.1
+    blind = refine(network(grid, AFFINE), given, grid, Refinement(steps=120))
+    assert both(blind.result, grid).abs().max() == 0
+    refined = refine(network(grid, AFFINE), given, grid, Refinement(steps=120, images=1.0))
+    # Local NCC leaves the slope of a smooth blob's brightness free: a tenth of the motion is left.
+    assert (both(refined.result, grid) - truth).norm(dim=-1)[seen].mean() < 0.1 * truth.norm(dim=-1)[seen].mean()
+
+
+@pytest.mark.parametrize("coarsen", [1, 2])
+@pytest.mark.parametrize("mode", MODES)
+def test_the_loss_is_that_of_the_maps_and_so_many_times_one_minus_local_ncc(mode, coarsen):
+    grid = Grid((32, 28), (1.0, 1.5), (-10.0, 3.0))
+    moving, fixed = three_pairs(grid)
+    model = network(grid, itn=(4, 8))
+    start = model(moving, fixed, grid)
+    settings = Refinement(steps=1, mode=mode, rate=RATE[mode], coarsen=coarsen)
+    with_images = refine(model, start, grid, replace(settings, images=0.7))
+    plain = refine(model, start, grid, settings)
+    a, b = (objectives.averaged(image, coarsen) for image in (moving, fixed))
+    at_start = 1 - local_ncc(a, b)  # an untrained model is the identity
+    torch.testing.assert_close(with_images.curve[0] - plain.curve[0], 0.7 * at_start, rtol=1e-4, atol=1e-5)
+    assert at_start.min() > 0.01
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_was_refined_carries_the_images_on(mode):
+    grid = GRIDS[2]
+    moving, fixed = three_pairs(grid)
+    model = network(grid, itn=(4, 8))
+    refined = refine(model, model(moving, fixed, grid), grid, Refinement(1, mode, rate=RATE[mode])).result
+    assert refined.images is not None
+    assert torch.equal(refined.images[0], moving)
+    assert torch.equal(refined.images[1], fixed)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_result_without_images_gets_one_sentence(mode):
+    grid = GRIDS[2]
+    model = network(grid)
+    start = replace(model(*three_pairs(grid), grid), images=None)
+    with pytest.raises(ValueError, match="carries no images") as caught:
+        refine(model, start, grid, Refinement(1, mode, images=1.0))
+    assert one_sentence(caught.value)
 
 
 # What is returned

@@ -185,7 +185,7 @@ class ISTN(nn.Module):
             grid: where both sit; its shape and spacing are those of the configuration.
         """
         self._check(moving, fixed, grid, self.config.channels)
-        return self.align(*self.features(moving, fixed), grid)
+        return replace(self.align(*self.features(moving, fixed), grid), images=(moving, fixed))
 
     def features(self, moving: Tensor, fixed: Tensor) -> tuple[Float[Tensor, "b k *grid"], Float[Tensor, "b k *grid"]]:
         """M' and F'; the images themselves where there is no ITN."""
