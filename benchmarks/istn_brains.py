@@ -100,7 +100,7 @@ def table_one(data: str, folds: Sequence[Cohort], options: Options) -> tuple[Tab
 
     for kind in [kind for kind in KINDS if any(f"-{kind}-" in name for name in names)]:
         first = _recipe(f"istn-{data}-{kind}-explicit", folds[0], options)
-        still, best, best_way = [], [], networks.ceiling(first.refinement, options.quick)
+        still, best, best_way = [], [], networks.ceiling(options.quick)
         for fold in folds:
             pairs, measure = networks.pairs_to_test(fold, options.pairs), networks.label_figures(fold, device)
             still.append({ONE: networks.known(fold, pairs, measure)})
@@ -205,7 +205,7 @@ def as_shipped(name: str, cohort: Cohort, options: Options) -> tuple[list[Table]
     try:
         found = {NOTHING: networks.known(cohort, pairs, measure)}
         found |= networks.registered(model.network, cohort, pairs, ways, measure, device)
-        best = {CEILING: networks.ceiling(model.refinement, options.quick)}
+        best = {CEILING: networks.ceiling(options.quick)}
         network = networks.untrained(model.network.config)
         found |= networks.registered(network, cohort, pairs, best, measure, device, soi=True)
     finally:

@@ -59,7 +59,7 @@ def measured(folds: Sequence[Cohort], options: Options) -> list[dict[str, Any]]:
         pairs, figures = fold.pairs("test"), networks.label_figures(fold, device)
         found = {NOTHING: networks.known(fold, pairs, figures)}
         found |= networks.registered(done.model, fold, pairs, ways(recipe, options), figures, device)
-        best = {CEILING: networks.ceiling(recipe.refinement, options.quick, CEILING_STEPS)}
+        best = {CEILING: networks.ceiling(options.quick, CEILING_STEPS)}
         found |= networks.registered(networks.untrained(recipe.config), fold, pairs, best, figures, device, soi=True)
         parts.append(found)
         people = [fold.people[i] for i in fold.splits["test"]]

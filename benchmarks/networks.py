@@ -119,9 +119,9 @@ def _depends_on(recipe: Recipe, cohort: Cohort) -> dict[str, Any]:
     return told_as_json
 
 
-def ceiling(refinement: Refinement, quick: bool, steps: int = CEILING_STEPS) -> Refinement:
-    """A recipe's refinement for the SoI themselves: longer, since it starts at the identity, and of every voxel."""
-    return replace(refinement, steps=3 if quick else steps, mode="parameters", focus_mm=0.0, coarsen=1)
+def ceiling(quick: bool, steps: int = CEILING_STEPS) -> Refinement:
+    """The refinement for the SoI themselves: longer than any, since it starts at the identity, and of every voxel."""
+    return Refinement(3 if quick else steps)
 
 
 def untrained(config: Config) -> Any:

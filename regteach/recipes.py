@@ -264,7 +264,7 @@ def _shipped() -> list[Recipe]:
             Augmentation(3.0, 10.0, 1.1, 0.05, 2.0, 16.0, gamma=0.4, bias=0.2, noise=0.05, blur_mm=0.5),
             bending=5.0,
             coarsen=2,
-            refinement=Refinement(50, rate=0.03, focus_mm=4.0, coarsen=2),
+            refinement=Refinement(50, rate=0.15, sharpen=16.0, focus_mm=2.0, coarsen=2),
         ),
         Recipe(
             "istn-slices",
@@ -283,7 +283,7 @@ def _shipped() -> list[Recipe]:
             replace(FAST, steps=800, batch=4),
             Augmentation(6.0, 8.0, 1.12, 0.05, 4.0, 24.0, gamma=0.3, bias=0.2, noise=0.05, blur_mm=0.5),
             bending=1.0,
-            refinement=Refinement(100, rate=0.03),
+            refinement=Refinement(100, "corrections", rate=0.4, bending=3.0, images=1.0, sharpen=12.0),
         ),
         Recipe(
             "istn-brains",
@@ -303,7 +303,7 @@ def _shipped() -> list[Recipe]:
             Augmentation(6.0, 12.0, 1.12, 0.05, 3.0, 24.0, synthetic=1.0),
             bending=5.0,
             coarsen=2,
-            refinement=Refinement(50, rate=0.03, focus_mm=6.0),
+            refinement=Refinement(30, "corrections", rate=0.4, bending=10.0, images=30.0, focus_mm=6.0),
         ),
     ]
 

@@ -162,8 +162,7 @@ def test_the_ceiling_sees_the_maps_and_nothing_else(cohort: Cohort) -> None:
     still = networks.known(cohort, cohort.pairs("test"), measure)
     assert seen["dice"] == unseen["dice"]
     assert min(seen["dice"]) > 0.8 > max(still["dice"])
-    wanted = networks.ceiling(Refinement(50, "weights", focus_mm=4.0, coarsen=2), quick=False)
-    assert wanted == Refinement(networks.CEILING_STEPS)
+    assert networks.ceiling(quick=False) == Refinement(networks.CEILING_STEPS)
 
 
 def test_pooling_and_summing_up() -> None:
@@ -281,7 +280,7 @@ def test_slices(tmp_path: Path) -> None:
 def test_a_model_from_a_file_beside_other_tools(
     cohort: Cohort, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(networks, "ceiling", lambda refinement, quick: replace(refinement, steps=3))
+    monkeypatch.setattr(networks, "ceiling", lambda quick: Refinement(3))
     monkeypatch.setattr(istn_brains, "CORES", 1)  # two threads wait for each other where the machine is busy
     recipe = networks.small(networks.find_recipe("istn-hippocampus"), cohort)
     save_model(

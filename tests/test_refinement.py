@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import inspect
+import math
 from dataclasses import replace
 
 import pytest
@@ -16,7 +17,7 @@ from regteach.grid import Grid
 from regteach.nets.georeg import GeoReg, GeoRegConfig
 from regteach.nets.istn import ISTN, AffineStage, ISTNConfig, SplineStage
 from regteach.nets.voxelmorph import VoxelMorph, VoxelMorphConfig
-from regteach.refinement import Refined, Refinement, corrections, refine
+from regteach.refinement import Refined, Refinement, corrections, refine, sharpened
 from regteach.regularity import bending_energy_spline_plain
 from regteach.result import Result, assemble
 from regteach.sampling import grid_points, warp
@@ -178,6 +179,55 @@ def test_the_loss_is_that_of_the_maps_and_so_many_times_one_minus_local_ncc(mode
     at_start = 1 - local_ncc(a, b)  # an untrained model is the identity
     torch.testing.assert_close(with_images.curve[0] - plain.curve[0], 0.7 * at_start, rtol=1e-4, atol=1e-5)
     assert at_start.min() > 0.01
+
+
+# Sharpened maps
+
+
+def test_a_sharpened_map_keeps_nothing_all_and_the_border():
+    x = torch.linspace(0, 1, 101)[None, None]
+    assert torch.equal(sharpened(x, 0.0), x)
+    for slope in (1e-2, 4.0, 30.0):
+        s = sharpened(x, slope)
+        torch.testing.assert_close(s[..., [0, 50, 100]], torch.tensor([[[0.0, 0.5, 1.0]]]), rtol=0, atol=2e-5)
+        assert (s.diff() >= 0).all()
+        torch.testing.assert_close(s, 1 - s.flip(-1), rtol=0, atol=1e-4)
+    torch.testing.assert_close(sharpened(x, 1e-2), x, rtol=0, atol=1e-4)  # towards no slope: as it was
+    torch.testing.assert_close(sharpened(x, 4.0)[0, 0, 25], torch.tensor((math.tanh(-0.5) / math.tanh(1) + 1) / 2))
+    steep = sharpened(x, 1e4)
+    assert torch.equal(steep, torch.where(x == 0.5, 0.5, (x > 0.5).float()))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_refinement_compares_the_sharpened_maps_before_it_averages_them(mode):
+    grid = GRIDS[2]
+    moving, fixed = three_pairs(grid)
+    model = network(grid)
+    start = model(moving, fixed, grid)
+    settings = Refinement(1, mode, rate=RATE[mode], coarsen=2, sharpen=8.0)
+    maps = tuple(objectives.averaged(sharpened(image, 8.0), 2) for image in (moving, fixed))
+    expected = objectives.refinement(maps, Identity(2), grid.coarsened(2))
+    torch.testing.assert_close(refine(model, start, grid, settings).curve[0], expected)
+    assert (expected - refine(model, start, grid, replace(settings, sharpen=0.0)).curve[0]).abs().min() > 1e-3
+
+
+def test_maps_that_are_unsure_of_the_inside_align_by_their_borders_once_sharpened():
+    """One map is sure of its square, the other of half of it only: the borders agree, the brightness does not."""
+    grid = Grid((32, 32))
+    x = torch.arange(32.0)
+    inside = torch.sigmoid(8 * (6 - (x - 15.5).abs()))
+    moving = (inside[:, None] * inside)[None, None]
+    doubt = torch.where(x < 15.5, 1.0, 0.62)[:, None]
+    fixed = moving * doubt
+    start = network(grid, AFFINE)(moving, fixed, grid)
+    settings = Refinement(steps=100)
+    moved = {
+        slope: both(refine(network(grid, AFFINE), start, grid, replace(settings, sharpen=slope)).result, grid)
+        for slope in (0.0, 30.0)
+    }
+    square = moving[:, 0] > 0.5
+    plain, sharp = (float(moved[slope].norm(dim=-1)[square].mean()) for slope in (0.0, 30.0))
+    assert sharp < 0.5 * plain
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -465,6 +515,9 @@ def test_settings_that_mean_nothing_get_one_sentence():
     with pytest.raises(ValueError) as caught:
         Refinement(steps=-1)
     assert one_sentence(caught.value, "-1")
+    with pytest.raises(ValueError) as caught:
+        Refinement(sharpen=-2.0)
+    assert one_sentence(caught.value, "-2.0")
 
 
 @pytest.mark.parametrize("mode", MODES)

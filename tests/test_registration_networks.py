@@ -11,6 +11,7 @@ import regteach
 from regteach.checkpoints import Model, load, save_model
 from regteach.grid import Grid
 from regteach.nets.georeg import GeoReg, GeoRegConfig
+from regteach.nets.istn import ISTN, AffineStage, ISTNConfig
 from regteach.nets.voxelmorph import VoxelMorph, VoxelMorphConfig
 from regteach.refinement import Refinement
 from regteach.sampling import grid_points
@@ -45,3 +46,15 @@ def test_an_untrained_network_is_refined_to_a_known_shift(network: nn.Module, tm
     curve = result.report["curve"]
     assert curve[-1] < 0.5 * curve[0]
     assert result.report["folding_percent"] == 0
+
+
+def test_a_model_whose_refinement_looks_at_the_images_says_so_in_its_file_and_finds_the_shift(tmp_path: Path) -> None:
+    """An untrained ITN draws nothing, so only the images can tell where to go."""
+    network = ISTN(ISTNConfig(WORKING, (AffineStage(widths=(4, 8), hidden=8),), itn=(4, 8))).eval()
+    settings = Refinement(30, "corrections", rate=0.25, bending=1.0, images=2.0, sharpen=4.0)
+    model = load(save_model(tmp_path / "mine.safetensors", Model("mine", network, settings)))
+    assert model.refinement == settings
+    result = regteach.register((blob(SHIFT), FILES), (blob(0 * SHIFT), FILES), model=model, refine=30)
+    middle = np.array([FILES.centre], dtype=np.float32)
+    np.testing.assert_allclose(result.transform(middle) - middle, SHIFT[None], atol=1.6)
+    assert result.report["curve"][-1] < 0.9 * result.report["curve"][0]  # flat windows, which count as 0, stay
