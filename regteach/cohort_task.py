@@ -153,6 +153,8 @@ class CohortTask:
     def _item(self, number: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         generator = torch.Generator().manual_seed(self.recipe.settings.seed * 1_000_000_007 + number)
         pair = self.pairs[int(torch.randint(len(self.pairs), (), generator=generator))]
+        if self.recipe.themselves and float(torch.rand((), generator=generator)) < self.recipe.themselves:
+            pair = (pair[0], self.cohort.twin(pair[0]))
         sides = [self._side(index, generator) for index in pair]
         return (sides[0][0], sides[1][0]), (sides[0][1], sides[1][1])
 

@@ -35,6 +35,8 @@ class Recipe:
         config: of the network.
         settings: of the loop.
         augmentation: of the images.
+        themselves: share of the training pairs in which people meet themselves, changed at random twice. There every
+            point has a partner; between two people a network that looks at images alone may learn to fit outlines.
         bending: weight of the bending energy in training, mm^2.
         weights: of each level of a network that is judged at every level, finest first; equal where left out. Cortex
             that has been blurred to 16 mm says little of what lies below it: brains are judged by their fine levels.
@@ -50,6 +52,7 @@ class Recipe:
     config: Config
     settings: Settings
     augmentation: Augmentation = Augmentation()
+    themselves: float = 0.0
     bending: float = 0.0
     weights: tuple[float, ...] = ()
     coarse_first: tuple[int, ...] = ()
@@ -356,8 +359,11 @@ def _georeg() -> list[Recipe]:
             name="georeg-brains-t1t2",
             data="brains-t1t2",
             config=replace(deep, encoders=2, similarity="mutual_information"),
-            settings=replace(people.settings, steps=520, validate_every=40),
-            coarse_first=(280,),
+            settings=replace(people.settings, steps=700),
+            augmentation=Augmentation(4.0, 6.0, 1.08, 0.04, 6.0, 24.0, gamma=0.2, noise=0.03),
+            themselves=0.6,
+            weights=(1.0, 0.3, 0.1, 0.03),
+            coarse_first=(450,),
         ),
         Recipe(
             "georeg-retina",

@@ -61,14 +61,18 @@ def test_weights_that_do_not_fit_get_one_sentence() -> None:
         assert one_sentence(error.value)
 
 
-def test_a_level_that_joins_late_rests_until_then() -> None:
-    """While the finest level rests, its parameters have a gradient, of zero: several processes wait for one."""
+def noise() -> Cohort:
+    """Four people, each with one structure that is everywhere."""
     torch.manual_seed(0)
-    grid = Grid((16, 16))
     labels = torch.ones(4, 16, 16, dtype=torch.long)
     splits = {"train": (0, 1), "validation": (2,), "test": (3,)}
     images, soi = torch.rand(4, 1, 16, 16), labels[:, None].float()
-    cohort = Cohort("noise", images, soi, labels, grid, tuple("abcd"), {1: "all"}, splits, "")
+    return Cohort("noise", images, soi, labels, Grid((16, 16)), tuple("abcd"), {1: "all"}, splits, "")
+
+
+def test_a_level_that_joins_late_rests_until_then() -> None:
+    """While the finest level rests, its parameters have a gradient, of zero: several processes wait for one."""
+    cohort = noise()
     recipe = Recipe("late", "noise", "unsupervised", SMALL, Settings(steps=2, batch=2), coarse_first=(1,))
     task = CohortTask(recipe, cohort)
     for step, rests in ((0, True), (1, False)):
@@ -87,6 +91,34 @@ def test_levels_are_those_of_a_network_that_has_them(change: dict[str, Any], say
     with pytest.raises(ValueError, match=says) as error:
         CohortTask(replace(find_recipe("istn-trees-affine-explicit"), **change))
     assert one_sentence(error.value)
+
+
+@pytest.mark.parametrize(("share", "least", "most"), [(0.0, 0, 0), (0.3, 40, 80), (1.0, 200, 200)])
+def test_so_many_pairs_are_people_with_themselves(share: float, least: int, most: int) -> None:
+    cohort = noise()
+    recipe = Recipe("mirror", "noise", "unsupervised", SMALL, Settings(steps=2, batch=2), themselves=share)
+    task = CohortTask(recipe, cohort)
+    pairs = [task._item(number)[0] for number in range(200)]
+    assert least <= sum(torch.equal(*pair) for pair in pairs) <= most
+    assert {float(moving[0, 0, 0, 0]) for moving, _ in pairs} == {float(cohort.images[i, 0, 0, 0]) for i in (0, 1)}
+
+
+def test_people_meet_themselves_in_the_other_contrast() -> None:
+    """Images 2 and 3 show the people of images 0 and 1 in another contrast."""
+    plain = noise()
+    cohort = replace(
+        plain,
+        people=("a", "b", "a", "b"),
+        splits={"train": (0, 1, 2, 3), "validation": (), "test": ()},
+        twins=(2, 3, 0, 1),
+        given_pairs={"train": ((0, 3), (1, 2))},
+    )
+    recipe = Recipe("mirror", "noise", "unsupervised", SMALL, Settings(steps=2, batch=2), themselves=1.0)
+    task = CohortTask(recipe, cohort)
+    for number in range(20):
+        moving, fixed = task._item(number)[0]
+        person = next(i for i in (0, 1) if torch.equal(moving[0], plain.images[i]))
+        assert torch.equal(fixed[0], plain.images[person + 2])
 
 
 def test_the_weights_of_the_levels_count() -> None:

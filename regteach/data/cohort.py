@@ -35,6 +35,8 @@ class Cohort:
         synthesis: draws images from tissue maps, for training on contrasts that nobody has measured.
         given_pairs: (moving, fixed) where the data set itself says which images belong together.
         groups: of each image; people of two groups are never paired. One group where left out.
+        twins: of each image, the one that shows the same person as the other side of a pair does, in another contrast;
+            every image is its own where left out.
 
     Raises:
         ValueError: if the shapes do not fit, or a person is in two splits.
@@ -53,9 +55,12 @@ class Cohort:
     synthesis: Synthesis | None = None
     given_pairs: Mapping[str, tuple[tuple[int, int], ...]] = field(default_factory=dict)
     groups: tuple[str, ...] = ()
+    twins: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         n, shape = len(self.people), self.grid.shape
+        if self.twins and [self.people[i] for i in self.twins] != list(self.people):
+            raise ValueError(f"A twin of {self.name} shows another person, or is left out.")
         if len(self.groups) not in (0, n):
             raise ValueError(f"{self.name} has {n} images, but names the groups of {len(self.groups)}.")
         sizes = {"images": self.images.shape[2:], "soi": self.soi.shape[2:], "labels": self.labels.shape[1:]}
@@ -105,6 +110,10 @@ class Cohort:
             raise ValueError(f"{self.name} has {len(every)} pairs in its {split} set, and {count} were asked for.")
         order = torch.randperm(len(every), generator=torch.Generator().manual_seed(seed))
         return tuple(every[i] for i in order[:count].tolist())
+
+    def twin(self, index: int) -> int:
+        """The image that shows the same person as the other side of a pair does."""
+        return self.twins[index] if self.twins else index
 
     def _akin(self, first: int, second: int) -> bool:
         return not self.groups or self.groups[first] == self.groups[second]

@@ -91,6 +91,7 @@ def two_contrasts(cohort: Cohort, seed: int = 0, moving: str = "T1") -> Cohort:
         splits={split: (*members, *(i + n for i in members)) for split, members in cohort.splits.items()},
         origin=f"{cohort.origin} The T2 is synthetic.",
         groups=(*cohort.groups, *cohort.groups),
+        twins=tuple((i + n) % (2 * n) for i in range(2 * n)),
         given_pairs={split: tuple((m + first, f + second) for m, f in cohort.pairs(split)) for split in cohort.splits},
     )
 

@@ -230,6 +230,14 @@ def test_groups_are_those_of_every_image(ten: Cohort) -> None:
         dataclasses.replace(ten, groups=("x", "y", "z"))
 
 
+def test_a_twin_is_the_same_person(ten: Cohort) -> None:
+    assert [ten.twin(i) for i in range(10)] == list(range(10))
+    with pytest.raises(ValueError, match="shows another person, or is left out"):
+        dataclasses.replace(ten, twins=tuple(reversed(range(10))))
+    with pytest.raises(ValueError, match="shows another person, or is left out"):
+        dataclasses.replace(ten, twins=(0, 1))
+
+
 def test_a_cohort_joined_with_nothing_is_itself(three: list[Cohort]) -> None:
     alone = joined("one", three[:1])
     assert torch.equal(alone.images, three[0].images)

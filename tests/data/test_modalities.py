@@ -110,6 +110,7 @@ def test_the_two_images_of_a_person_share_their_anatomy_and_not_their_contrast()
         shifted = pair[1].roll(4, 2)
         assert mutual_information(*pair) > 1.2 * mutual_information(pair[0], shifted)
     assert same_anatomy(cohort, "T2") == {4 + i: i for i in range(4)}
+    assert [cohort.twin(i) for i in range(8)] == [4, 5, 6, 7, 0, 1, 2, 3]
 
 
 def test_the_seed_fixes_the_t2():
