@@ -162,7 +162,9 @@ def _with_images(loss: Loss, images: tuple[Tensor, Tensor] | None, settings: Ref
 def sharpened(maps: Float[Tensor, "b k *grid"], slope: float) -> Float[Tensor, "b k *grid"]:
     """Maps in [0, 1] with steeper borders in the same places: 0, 1/2 and 1 stay, what lies between is pushed apart.
 
-        s(x) = (l(x) - l(0)) / (l(1) - l(0)),   l(x) = 1 / (1 + exp(-slope (x - 1/2)))
+        s(x) = 1/2 + tanh(slope (x - 1/2) / 2) / (2 tanh(slope / 4))
+
+    which is a logistic curve of that slope about 1/2, stretched to run from 0 to 1.
 
     Args:
         maps: of structures.
@@ -170,8 +172,7 @@ def sharpened(maps: Float[Tensor, "b k *grid"], slope: float) -> Float[Tensor, "
     """
     if slope == 0:
         return maps
-    low = 1 / (1 + math.exp(slope / 2))  # l(0); l(1) = 1 - l(0)
-    return (torch.sigmoid(slope * (maps - 0.5)) - low) / (1 - 2 * low)
+    return 0.5 + torch.tanh(slope / 2 * (maps - 0.5)) / (2 * math.tanh(slope / 4))
 
 
 @torch.no_grad()
