@@ -12,8 +12,8 @@ so that the loss of the test images falls. The engine is the same for every mode
 once give the same numbers as one by one.
 
 Source: Lee et al., Image-and-Spatial Transformer Networks, MICCAI 2019, section 2.3 (weights; a fresh Adam at the
-training rate, 50 steps, ITN fixed). Refining the parameters is ours: it is faster, and forgets nothing. So are the
-corrections: of parameters that add up, as those of a GeoReg, the finest ones soon fold; smooth ones that are composed
+training rate, 50 steps, ITN fixed). Refining the parameters is ours: it is faster, and forgets nothing. Ours, too, are
+sharpened maps, the images beside them, and the corrections: of parameters that add up, as those of a GeoReg, the finest ones soon fold; smooth ones that are composed
 do so later.
 """
 
@@ -84,6 +84,8 @@ class Refinement:
             raise ValueError(f"Refinement turns the {', the '.join(MODES[:-1])} or the {MODES[-1]}, not {self.mode!r}.")
         if self.sharpen < 0:
             raise ValueError(f"Maps are sharpened by a slope of 0 or more, not {self.sharpen}.")
+        if self.images < 0:
+            raise ValueError(f"The images have a weight of 0 or more beside the maps, not {self.images}.")
         if self.steps < 0:
             raise ValueError(f"A refinement has 0 steps or more, not {self.steps}.")
 

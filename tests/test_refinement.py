@@ -518,6 +518,9 @@ def test_settings_that_mean_nothing_get_one_sentence():
     with pytest.raises(ValueError) as caught:
         Refinement(sharpen=-2.0)
     assert one_sentence(caught.value, "-2.0")
+    with pytest.raises(ValueError) as caught:
+        Refinement(images=-3.0)
+    assert one_sentence(caught.value, "-3.0")
 
 
 @pytest.mark.parametrize("mode", MODES)

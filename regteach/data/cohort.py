@@ -59,7 +59,8 @@ class Cohort:
 
     def __post_init__(self) -> None:
         n, shape = len(self.people), self.grid.shape
-        if self.twins and [self.people[i] for i in self.twins] != list(self.people):
+        within = set(self.twins) <= set(range(n))
+        if self.twins and not (within and tuple(self.people[i] for i in self.twins) == self.people):
             raise ValueError(f"A twin of {self.name} shows another person, or is left out.")
         if len(self.groups) not in (0, n):
             raise ValueError(f"{self.name} has {n} images, but names the groups of {len(self.groups)}.")

@@ -236,6 +236,8 @@ def test_a_twin_is_the_same_person(ten: Cohort) -> None:
         dataclasses.replace(ten, twins=tuple(reversed(range(10))))
     with pytest.raises(ValueError, match="shows another person, or is left out"):
         dataclasses.replace(ten, twins=(0, 1))
+    with pytest.raises(ValueError, match="shows another person, or is left out"):
+        dataclasses.replace(ten, twins=(*range(9), 10))
 
 
 def test_a_cohort_joined_with_nothing_is_itself(three: list[Cohort]) -> None:
