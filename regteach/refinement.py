@@ -13,8 +13,8 @@ once give the same numbers as one by one.
 
 Source: Lee et al., Image-and-Spatial Transformer Networks, MICCAI 2019, section 2.3 (weights; a fresh Adam at the
 training rate, 50 steps, ITN fixed). Refining the parameters is ours: it is faster, and forgets nothing. Ours, too, are
-sharpened maps, the images beside them, and the corrections: of parameters that add up, as those of a GeoReg, the finest ones soon fold; smooth ones that are composed
-do so later.
+sharpened maps, the images beside them, and the corrections: of parameters that add up, as those of a GeoReg, the finest
+ones soon fold; smooth ones that are composed do so later.
 """
 
 import copy
