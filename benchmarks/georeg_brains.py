@@ -45,10 +45,11 @@ from regteach.data.brains import load_oasis
 from regteach.data.cohort import Cohort
 from regteach.data.large import deformed, visible
 from regteach.data.modalities import load_mni_contrasts, same_anatomy
+from regteach.data.named import BRAINS
 from regteach.grid import Grid
 from regteach.nets.georeg import GeoRegConfig
 from regteach.nets.istn import count_parameters
-from regteach.recipes import BRAINS, Recipe
+from regteach.recipes import Recipe
 from regteach.refinement import refine
 from regteach.sampling import warp
 from regteach.transforms import Identity, Transform, displacement, jacobian_determinant

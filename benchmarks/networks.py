@@ -25,11 +25,12 @@ from benchmarks.tables import mean, spread
 from regteach import metrics
 from regteach.checkpoints import Config, network
 from regteach.data.cohort import Cohort, one_hot
+from regteach.data.named import load_cohort
 from regteach.evaluation import figures_of, pairs_to_test
 from regteach.grid import Grid
 from regteach.nets.blocks import fast_layout
 from regteach.nets.istn import ISTNConfig
-from regteach.recipes import RECIPES, Recipe, find_recipe, load_cohort
+from regteach.recipes import RECIPES, Recipe, find_recipe
 from regteach.refinement import Refinement, refine
 from regteach.result import Result
 from regteach.runs import CohortTask, line

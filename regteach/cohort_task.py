@@ -12,11 +12,12 @@ from regteach import objectives, plotting
 from regteach.checkpoints import Model, load, network
 from regteach.data.augment import augmented
 from regteach.data.cohort import Cohort
+from regteach.data.named import load_cohort
 from regteach.evaluation import PairFigures, figures_of, measure, pairs_to_test
 from regteach.nets.blocks import fast_layout
 from regteach.nets.georeg import GeoRegConfig
 from regteach.nets.istn import ISTNConfig
-from regteach.recipes import Recipe, load_cohort
+from regteach.recipes import Recipe
 from regteach.sampling import warp
 from regteach.transforms import Identity
 

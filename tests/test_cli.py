@@ -19,6 +19,7 @@ from regteach.affine import AffineBounds
 from regteach.bootstrap import ROOT
 from regteach.checkpoints import load, save_model
 from regteach.course import commands, doctor, student, testing
+from regteach.data import named
 from regteach.data.trees import generate_trees
 from regteach.data.volumes import read_volume
 from regteach.grid import Grid
@@ -281,8 +282,8 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
     settings = Settings(steps=3, batch=2, validate_every=2)
     recipe = Recipe("istn-tiny", "tiny", "implicit", config, settings, refinement=Refinement(2))
     monkeypatch.setitem(recipes.RECIPES, recipe.name, recipe)
-    monkeypatch.setitem(recipes.COHORTS, "tiny", lambda: generate_trees(4, 2, 3, size=32))
-    recipes.load_cohort.cache_clear()
+    monkeypatch.setitem(named.COHORTS, "tiny", lambda: generate_trees(4, 2, 3, size=32))
+    named.load_cohort.cache_clear()
     monkeypatch.chdir(tmp_path)
     return recipe
 

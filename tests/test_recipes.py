@@ -14,16 +14,18 @@ from torch import Tensor, nn
 from truths.fields import one_sentence, positions
 from truths.phantoms import ball
 
-from regteach import objectives, recipes, runs
+from regteach import objectives, runs
 from regteach.affine import AffineBounds
 from regteach.checkpoints import network
+from regteach.data import named
 from regteach.data.augment import Augmentation
 from regteach.data.cohort import Cohort, one_hot
 from regteach.data.deformations import random_smooth
+from regteach.data.named import load_cohort
 from regteach.evaluation import figures_of, measure, pairs_to_test
 from regteach.grid import Grid
 from regteach.nets.istn import ISTN, AffineStage, ISTNConfig, SplineStage
-from regteach.recipes import RECIPES, Recipe, find_recipe, load_cohort
+from regteach.recipes import RECIPES, Recipe, find_recipe
 from regteach.refinement import Refinement, refine
 from regteach.result import Result, Step
 from regteach.runs import CohortTask
@@ -355,7 +357,7 @@ def test_pairs_to_test_are_of_test_people(flat: Cohort) -> None:
 
 @pytest.fixture
 def listed(flat: Cohort, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setitem(recipes.COHORTS, "disks", lambda: flat)
+    monkeypatch.setitem(named.COHORTS, "disks", lambda: flat)
     yield
     load_cohort.cache_clear()
 
@@ -390,7 +392,7 @@ def test_every_recipe_can_be_built() -> None:
         assert recipe.name == name
         assert find_recipe(name) is recipe
         if isinstance(recipe, Recipe):
-            assert recipe.data in recipes.COHORTS
+            assert recipe.data in named.COHORTS
             assert recipe.variant in objectives.ISTN
         assert type(recipe.config) in runs.TASKS
         assert isinstance(network(recipe.config), nn.Module)

@@ -4,13 +4,14 @@ from itertools import product
 
 import pytest
 
-from regteach import checkpoints, recipes, runs
+from regteach import checkpoints, runs
 from regteach.checkpoints import available, load
 from regteach.cohort_task import CohortTask
 from regteach.data.cohort import Cohort
+from regteach.data.named import COHORTS, load_cohort
 from regteach.evaluation import figures_of, measure, pairs_to_test
 from regteach.nets.istn import count_parameters
-from regteach.recipes import RECIPES, load_cohort
+from regteach.recipes import RECIPES
 from regteach.transforms import Identity
 
 NAMES = available()
@@ -115,7 +116,7 @@ def test_figures_of_other_kinds_come_out_again(name: str) -> None:
 def test_a_model_of_images_says_what_it_reached(name: str) -> None:
     card = load(name).card
     assert KEYS.items() <= {key: type(value) for key, value in card.items()}.items()
-    assert card["recipe"]["data"] in recipes.COHORTS
+    assert card["recipe"]["data"] in COHORTS
     assert set(card["dice"]) == {"before", "one_pass", "refined"}
     assert 0 < card["dice"]["before"] < card["dice"]["one_pass"] < card["dice"]["refined"] <= 1
     assert all(0 <= value < 1 for value in card["folding_percent"].values())
