@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from regteach.grid import Grid
-from regteach.nets.blocks import fast_layout
+from regteach.nets.blocks import as_tuples, fast_layout
 from regteach.nets.georeg import GeoReg, GeoRegConfig
 from regteach.nets.istn import ISTN, ISTNConfig
 from regteach.nets.kernel import KernelConfig, LearnedKernel
@@ -177,7 +177,7 @@ def _read(path: Path) -> Model:
         network_class, from_dict = KINDS[header["kind"]]
         built = network_class(from_dict(json.loads(header["config"])))
         built.load_state_dict(weights)
-        refinement, card = Refinement(**json.loads(header["refinement"])), json.loads(header["card"])
+        refinement, card = Refinement(**as_tuples(json.loads(header["refinement"]))), json.loads(header["card"])
         model = Model(header["name"], built.eval().requires_grad_(False), refinement, card)
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise ValueError(f"{path.name} does not fit this version of the model ({_reason(error)}).") from None

@@ -18,8 +18,9 @@ from regteach.nets.blocks import fast_layout
 from regteach.nets.georeg import GeoRegConfig
 from regteach.nets.istn import ISTNConfig
 from regteach.recipes import Recipe
+from regteach.refinement import search
 from regteach.sampling import warp
-from regteach.transforms import Identity
+from regteach.transforms import Identity, displacement
 
 FIRST = 3  # test pairs that a card names one by one
 
@@ -47,6 +48,10 @@ class CohortTask:
             raise ValueError(f"A variant of ISTN is one of {', '.join(objectives.ISTN)}, not {variant!r}.")
         if not isinstance(config, ISTNConfig) and (variant != "unsupervised" or self.recipe.coarsen != 1):
             raise ValueError(f"{self.recipe.name} learns from the images alone: unsupervised, and coarsen is 1.")
+        if self.recipe.imitate and not (isinstance(config, GeoRegConfig) and config.encoders == 2 and cohort.twins):
+            raise ValueError(f"{self.recipe.name} has no second encoder, or {cohort.name} no twins, to imitate by.")
+        if self.recipe.teacher and (isinstance(config, ISTNConfig) or self.recipe.teacher.mode != "greedy"):
+            raise ValueError(f"{self.recipe.name} can not be taught: networks of images are, by a greedy search.")
         if self.recipe.coarse_first and not isinstance(config, GeoRegConfig):
             raise ValueError(f"{self.recipe.name} has no levels that could join late: only those of a GeoReg can.")
         if self.recipe.weights and isinstance(config, ISTNConfig):
@@ -76,21 +81,34 @@ class CohortTask:
     def loss(self, model: nn.Module, items: Sequence[int], device: torch.device) -> dict[str, Tensor]:
         """The variant's terms on random training pairs."""
         drawn = [self._item(number) for number in items]
-        (moving, fixed), (soi_moving, soi_fixed) = (
-            [torch.cat([item[kind][side] for item in drawn]).to(device) for side in (0, 1)] for kind in (0, 1)
+        (moving, fixed), (soi_moving, soi_fixed), (shown_moving, shown_fixed) = (
+            [torch.cat([item[kind][side] for item in drawn]).to(device) for side in (0, 1)] for kind in (0, 1, 2)
         )
         grid = self.cohort.grid
         recipe, images, soi = self.recipe, (moving, fixed), (soi_moving, soi_fixed)
         finest = sum(items[0] // recipe.settings.batch < step for step in recipe.coarse_first)
+        if recipe.imitate and isinstance(recipe.config, GeoRegConfig):  # no point has to move
+            finest = len(recipe.config.widths) - 1
         result = model(moving, fixed, grid, finest) if finest else model(moving, fixed, grid)
         if not isinstance(recipe.config, ISTNConfig):
             across = not (isinstance(recipe.config, GeoRegConfig) and recipe.config.supervision == "within")
-            terms = objectives.multiscale(
-                result, grid, recipe.config.similarity, recipe.bending, recipe.weights, across=across
-            )
+            if recipe.imitate:
+                bare: Any = getattr(model, "module", model)
+                with torch.no_grad():
+                    pattern = bare.encoders[0](shown_fixed)
+                assert result.pyramids is not None  # a GeoReg in training
+                terms = objectives.alike(result.pyramids[1], pattern)
+            elif recipe.teacher:
+                found = search(shown_moving, shown_fixed, grid, recipe.teacher).result.transform
+                terms = objectives.taught(result, displacement(found, grid), grid, recipe.weights)
+            else:
+                terms = objectives.multiscale(
+                    result, grid, recipe.config.similarity, recipe.bending, recipe.weights, across=across
+                )
             if finest:
-                # Several processes wait for the gradient of every parameter: the levels that rest have one of zero.
-                terms["image"] = terms["image"] + 0.0 * torch.stack([p.sum() for p in model.parameters()]).sum()
+                # Several processes wait for the gradient of every parameter: the parts that rest have one of zero.
+                first = next(iter(terms))
+                terms[first] = terms[first] + 0.0 * torch.stack([p.sum() for p in model.parameters()]).sum()
             return terms
         return objectives.istn(recipe.variant, result, images, soi, grid, recipe.bending, recipe.coarsen)
 
@@ -151,19 +169,29 @@ class CohortTask:
         once = measure(model.network, cohort, pairs)[1]
         return _named(cohort, pairs, once, measure(model.network, cohort, pairs, refinement=model.refinement)[1])
 
-    def _item(self, number: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    def _item(self, number: int) -> tuple[tuple[Tensor, Tensor], ...]:
+        """A pair's images, their structures, and the images as they serve as a pattern: moving and fixed of each."""
         generator = torch.Generator().manual_seed(self.recipe.settings.seed * 1_000_000_007 + number)
         pair = self.pairs[int(torch.randint(len(self.pairs), (), generator=generator))]
         if self.recipe.themselves and float(torch.rand((), generator=generator)) < self.recipe.themselves:
             pair = (pair[0], self.cohort.twin(pair[0]))
-        sides = [self._side(index, generator) for index in pair]
-        return (sides[0][0], sides[1][0]), (sides[0][1], sides[1][1])
+        moving = self._side(pair[0], generator, pair[0])
+        fixed = self._side(pair[1], generator, self.cohort.twin(pair[1]))
+        return tuple(zip(moving, fixed, strict=True))
 
-    def _side(self, index: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        cohort = self.cohort
+    def _side(self, index: int, generator: torch.Generator, twin: int) -> tuple[Tensor, Tensor, Tensor]:
+        """An image and its structures, changed at random; and its twin, moved in the same way, nothing else."""
+        cohort, changes = self.cohort, self.recipe.augmentation
         tissue = None if cohort.tissue is None else cohort.tissue[[index]]
         image, soi = cohort.images[[index]], cohort.soi[[index]]
-        return augmented(image, soi, cohort.grid, self.recipe.augmentation, generator, tissue, cohort.synthesis)
+        before = generator.get_state()
+        seen, maps = augmented(image, soi, cohort.grid, changes, generator, tissue, cohort.synthesis)
+        if not (self.recipe.teacher or self.recipe.imitate):
+            return seen, maps, seen
+        again = torch.Generator()
+        again.set_state(before)
+        moved_only = replace(changes, gamma=0.0, bias=0.0, noise=0.0, blur_mm=0.0, synthetic=0.0)
+        return seen, maps, augmented(cohort.images[[twin]], soi, cohort.grid, moved_only, again)[0]
 
 
 def _before(cohort: Cohort, pairs: Sequence[tuple[int, int]]) -> float:

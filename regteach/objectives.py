@@ -34,6 +34,7 @@ from regteach.transforms import Dense, FreeForm, Transform, Velocity, displaceme
 
 Terms = dict[str, Float[Tensor, "b"]]
 LEVELS = 4  # of the pyramid
+VOID = 0.05  # weight of a voxel in which the fixed image is empty, against 1
 EMPTY = 1e-4  # mean square below which a map counts as empty: its error is not blown up any further
 
 
@@ -200,8 +201,58 @@ def multiscale(
             energies.append(regularity.bending_energy(displacement(found, own), own))
         given.append(float(weights[level]) if weights else 1.0)
     shares = torch.tensor(given).to(errors[0]) / sum(given)
-    terms = {"image": torch.stack(errors, -1) @ shares}
-    return terms | ({"bending": bending * torch.stack(energies, -1) @ shares} if bending else {})
+    # Not as a product of matrices, which mixed precision would round.
+    terms = {"image": (torch.stack(errors, -1) * shares).sum(-1)}
+    return terms | ({"bending": bending * (torch.stack(energies, -1) * shares).sum(-1)} if bending else {})
+
+
+def taught(
+    result: Result, motion: Float[Tensor, "b *grid d"], grid: Grid, weights: Sequence[float] = (), softness: float = 0.1
+) -> Terms:
+    """How far each point of the fixed image lies from where a teacher takes it, mm, in the mean over all outputs.
+
+        L = sum_l w_l  mean_x m(x) sqrt(|u_l(x) - t_l(x)|^2 + s^2) / mean_x m(x)
+
+    with t_l the teacher's displacement averaged down to the grid of an output, and m how much of a voxel the fixed
+    image fills (:data:`VOID` where it is empty: there a teacher that looks at images only guesses).
+
+    Args:
+        result: of a network whose features are the images; see :func:`multiscale`.
+        motion: t, the teacher's displacement, mm; a constant.
+        grid: of the images.
+        weights: w of each level, finest first; 1 each where left out.
+        softness: s, mm: below it the distance counts squared.
+    """
+    filled = (result.features[1].amax(1, keepdim=True) > 0).to(motion).clamp_min(VOID)
+    target = torch.cat([motion.movedim(-1, 1), filled], 1).detach()
+    distances, given = [], []
+    for found in after_each(result.steps):
+        own = found.grid if isinstance(found, Dense) else grid
+        level = (grid.shape[0] // own.shape[0]).bit_length() - 1
+        here = averaged(target, 2**level)
+        apart = displacement(found, own).movedim(-1, 1) - here[:, :-1]
+        distance = (apart.square().sum(1) + softness**2).sqrt()
+        weight = here[:, -1]
+        distances.append((distance * weight).flatten(1).sum(1) / weight.flatten(1).sum(1))
+        given.append(float(weights[level]) if weights else 1.0)
+    shares = torch.tensor(given).to(distances[0]) / sum(given)
+    return {"taught": (torch.stack(distances, -1) * shares).sum(-1)}
+
+
+def alike(
+    seen: Sequence[Float[Tensor, "b c *level"]], shown: Sequence[Float[Tensor, "b c *level"]]
+) -> dict[str, Float[Tensor, "b"]]:
+    """How far an encoder's features of an image are from those of another encoder, of the same anatomy in its contrast.
+
+    :func:`relative_mse` of each level, averaged over the levels; the features that are imitated are constants.
+
+    Args:
+        seen: a pyramid of features, finest first.
+        shown: what they should be.
+    """
+    pairs = [(a.float(), b.detach().float()) for a, b in zip(seen, shown, strict=True)]  # half precision can not add up
+    errors = [relative_mse(a, b, scale_of(b, b)) for a, b in pairs]
+    return {"features": torch.stack(errors).mean(0)}
 
 
 def _each_by_itself(steps: Sequence[Step]) -> tuple[Transform, ...]:
@@ -333,19 +384,21 @@ def image_refinement(
     grid: Grid,
     focus: Focus | None = None,
     similarity: str = "ncc",
+    window_vox: int = 9,
 ) -> Float[Tensor, "b"]:
-    """D(M o T, F): two images compared by a similarity, at test time as in training."""
+    """D(M o T, F): two images compared by a similarity, at test time as in training; local NCC has a window."""
     moving, fixed = features
     mask = None
     if focus:
         mask, fixed = focus.mask, fixed[(slice(None), slice(None), *focus.voxels)]
-    return dissimilarity(similarity)(warp(moving, transform, grid, focus.grid if focus else grid), fixed, mask=mask)
+    compare = dissimilarity(similarity, **({"window_vox": window_vox} if similarity == "local_ncc" else {}))
+    return compare(warp(moving, transform, grid, focus.grid if focus else grid), fixed, mask=mask)
 
 
-def at_test_time(model: Any) -> Callable[..., Float[Tensor, "b"]]:
+def at_test_time(model: Any, window_vox: int = 9) -> Callable[..., Float[Tensor, "b"]]:
     """The loss that refinement descends for a model: its images by their similarity, or its maps."""
     similarity = getattr(getattr(model, "config", None), "similarity", None)
-    return partial(image_refinement, similarity=similarity) if similarity else refinement
+    return partial(image_refinement, similarity=similarity, window_vox=window_vox) if similarity else refinement
 
 
 def regulariser(steps: tuple[Step, ...], grid: Grid, bending: float) -> Terms:

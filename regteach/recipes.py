@@ -38,6 +38,11 @@ class Recipe:
         weights: of each level of a network that is judged at every level, finest first; equal where left out. Cortex
             that has been blurred to 16 mm says little of what lies below it: brains are judged by their fine levels.
         coarse_first: the finest levels of a GeoReg join late, one after each of these numbers of steps: cheaper.
+        teacher: a search on each training pair, from nothing and without a network, whose answer the network is taught
+            (:func:`regteach.objectives.taught`) in the place of comparing the images itself. The teacher sees both
+            people in one contrast, where a cohort has twins, and without the noise that the network sees.
+        imitate: the second of two encoders learns to see in its contrast what the first sees in that of the twin;
+            nothing else is trained (:func:`regteach.objectives.alike`).
         coarsen: in training, alignment is judged on maps averaged over cubes of this many voxels.
         refinement: what is recommended at test time.
         start: name of a model that ships, whose weights training starts from; its own name where training goes on.
@@ -53,6 +58,8 @@ class Recipe:
     bending: float = 0.0
     weights: tuple[float, ...] = ()
     coarse_first: tuple[int, ...] = ()
+    teacher: Refinement | None = None
+    imitate: bool = False
     coarsen: int = 1
     refinement: Refinement = Refinement()
     start: str = ""
@@ -190,6 +197,8 @@ def _georeg() -> list[Recipe]:
     """Learned from the images alone; labels are for measuring."""
     brain = GeoRegConfig(BRAINS, (8, 16, 32, 64), (0, 3, 3, 3), (2, 3, 3), (0, 1, 2, 2), similarity="local_ncc")
     deep = replace(brain, iterations=(0, 2, 2, 1))
+    # What it finds in a second or two, a network is to find at a glance.
+    teacher = Refinement(1, "greedy", rate=1.0, coarser=(30, 20), window_vox=5)
     people = Recipe(
         "georeg-brains",
         "brains-by-source",
@@ -220,13 +229,13 @@ def _georeg() -> list[Recipe]:
             name="georeg-hippocampus",
             data="hippocampus",
             config=replace(brain, grid=HIPPOCAMPUS),
-            settings=replace(FAST, steps=700, batch=2, validate_every=50),
+            settings=replace(FAST, steps=560, batch=4, rate=1.5e-3, warmup=20, validate_every=70),
             augmentation=Augmentation(2.0, 8.0, 1.08, 0.04, 1.5, 16.0, gamma=0.3, noise=0.02),
-            bending=1.0,
+            bending=0.0,
             weights=(),
-            coarse_first=(),
-            refinement=Refinement(50, "corrections", rate=0.2, bending=3.0),
-            start="",
+            coarse_first=(520, 350),
+            teacher=teacher,
+            refinement=Refinement(20, "greedy", 1.0, coarser=(50, 50), smoothing_vox=(1.732, 0.5), window_vox=5),
         ),
         people,
         replace(
@@ -234,11 +243,13 @@ def _georeg() -> list[Recipe]:
             name="georeg-brains-t1t2",
             data="brains-t1t2",
             config=replace(deep, encoders=2, similarity="mutual_information"),
-            settings=replace(people.settings, steps=700),
-            augmentation=Augmentation(4.0, 6.0, 1.08, 0.04, 6.0, 24.0, gamma=0.2, noise=0.03),
-            themselves=0.6,
-            weights=(1.0, 0.3, 0.1, 0.03),
-            coarse_first=(450,),
+            settings=replace(people.settings, steps=900, validate_every=150),
+            augmentation=Augmentation(4.0, 6.0, 1.08, 0.04, 4.0, 24.0, gamma=0.5, bias=0.2, noise=0.04, blur_mm=1.0),
+            bending=0.0,
+            weights=(),
+            coarse_first=(),
+            imitate=True,
+            start="georeg-brains",
         ),
         Recipe(
             "georeg-retina",

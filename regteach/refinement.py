@@ -7,7 +7,10 @@ The features of both images are computed once. Then Adam turns either
   two times as coarse and on the same grid (``"corrections"``), or
 - the weights of the part of the network that predicts them (``"weights"``, as in the ISTN paper),
 
-so that the loss of the test images falls. The engine is the same for every model of the package: it knows a
+so that the loss of the test images falls. Or, without Adam, the displacement follows the slope of the loss in smooth
+composed steps, on coarse images first (``"greedy"``, see :mod:`regteach.greedy`).
+
+The engine is the same for every model of the package: it knows a
 :class:`~regteach.result.Result` and a loss, and nothing of networks. Each pair is refined for itself: many pairs at
 once give the same numbers as one by one.
 
@@ -28,12 +31,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from regteach import objectives
+from regteach import greedy, objectives
 from regteach.grid import Grid
+from regteach.nets.blocks import upsampled
 from regteach.result import Result, Step, assemble
 from regteach.transforms import Dense, Transform, displacement
 
-MODES = ("parameters", "corrections", "weights")
+MODES = ("parameters", "corrections", "greedy", "weights")
 COARSER = (4, 2, 1)  # how many voxels an interval of the corrections' grids spans, where the grid can be halved so
 Loss = Callable[[tuple[Tensor, Tensor], Transform, Grid, objectives.Focus | None], Float[Tensor, "b"]]
 
@@ -50,10 +54,10 @@ class Refinement:
     """How to refine.
 
     Args:
-        steps: of Adam.
-        mode: "parameters", "corrections" or "weights".
+        steps: of Adam, or greedy ones.
+        mode: "parameters", "corrections", "greedy" or "weights".
         rate: step size of Adam, in the unit of the parameters (a bound's fraction, near 0; mm for displacements) or of
-            the weights.
+            the weights; of a greedy step, how far the point that moves furthest is moved, voxels.
         bending: weight of the bending energy, mm^2.
         images: weight of 1 - local NCC of the images themselves beside the maps, for a model whose features are maps:
             they say where a structure lies, the images how its border runs, and what lies between.
@@ -64,6 +68,10 @@ class Refinement:
             are empty elsewhere.
         coarsen: compare the maps averaged over cubes of this many voxels: eight times as fast in 3D for 2, and blind to
             what is finer.
+        coarser: greedy steps before the others, on images averaged over cubes of 2 voxels (the last of these numbers),
+            of 4 (the one before it), and so on: cheap, and far-sighted.
+        smoothing_vox: standard deviations of the Gaussians that smooth each greedy step, and all of the displacement.
+        window_vox: width of the windows where images are compared by local NCC.
         patience: stop a pair when its loss has not fallen for so many steps; 0 never stops.
         tolerance: a fall counts when it is at least this part of the loss.
     """
@@ -76,6 +84,9 @@ class Refinement:
     sharpen: float = 0.0
     focus_mm: float = 0.0
     coarsen: int = 1
+    coarser: tuple[int, ...] = ()
+    smoothing_vox: tuple[float, float] = (1.732, 0.7071)
+    window_vox: int = 9
     patience: int = 0
     tolerance: float = 1e-3
 
@@ -86,6 +97,10 @@ class Refinement:
             raise ValueError(f"Maps are sharpened by a slope of 0 or more, not {self.sharpen}.")
         if self.images < 0:
             raise ValueError(f"The images have a weight of 0 or more beside the maps, not {self.images}.")
+        if self.coarser and self.mode != "greedy":
+            raise ValueError(f"Steps on coarser images are for greedy refinement, not for that of {self.mode}.")
+        if min(self.coarser, default=1) < 1 or min(self.smoothing_vox) < 0:
+            raise ValueError("Coarser levels take 1 step or more each, and a smoothing is 0 or more.")
         if self.steps < 0:
             raise ValueError(f"A refinement has 0 steps or more, not {self.steps}.")
 
@@ -97,7 +112,8 @@ class Refined:
     Args:
         result: the transform of each pair's lowest loss, and its steps.
         curve: ``s b``, loss before each step and after the last; once a pair has stopped, its loss stays. s is the
-            number of steps and one, or less where every pair stopped sooner.
+            number of steps and one, or less where every pair stopped sooner. Greedy levels follow each other, each with
+            the loss of its own images.
         stopped: ``b``, number of steps that each pair took.
     """
 
@@ -129,7 +145,8 @@ def refine(
     Raises:
         ValueError: if weights are watched for several pairs at once, or images are wanted that the result lacks.
     """
-    settings, loss = settings or Refinement(), loss or objectives.at_test_time(model)
+    settings = settings or Refinement()
+    loss = loss or objectives.at_test_time(model, settings.window_vox)
     features = (result.features[0].detach(), result.features[1].detach())
     # Outside of mixed precision, whoever calls: coordinates need all the digits of float32.
     with torch.autocast(features[0].device.type, enabled=False):
@@ -137,11 +154,39 @@ def refine(
             if watch is not None and len(features[0]) > 1:
                 raise ValueError("Weights are refined pair by pair: watch one pair at a time.")
             found = _refine_each_pairs_weights(model, result, grid, settings, loss, watch)
+        elif settings.mode == "greedy":
+            found = _refine_greedily(result, features, grid, settings, loss, watch)
         else:
             steps = result.steps if settings.mode == "parameters" else corrections(result.transform, grid)
             both = _with_images(loss, result.images, settings)
             found = _refine_parameters(steps, features, grid, settings, both, watch)
     return replace(found, result=replace(found.result, features=features, images=result.images))
+
+
+def search(
+    moving: Float[Tensor, "b c *grid"],
+    fixed: Float[Tensor, "b c *grid"],
+    grid: Grid,
+    settings: Refinement,
+    similarity: str = "local_ncc",
+) -> Refined:
+    """Register images with no network at all: the same engine, from the identity.
+
+    Args:
+        moving, fixed: pairs of images.
+        grid: where they sit.
+        settings: "greedy".
+        similarity: by which they are compared.
+
+    Raises:
+        ValueError: for another mode: without a network there are no parameters and no weights to turn.
+    """
+    if settings.mode != "greedy":
+        raise ValueError(f"A search without a network is greedy: there are no {settings.mode} to turn.")
+    nothing = Result(Dense(moving.new_zeros(len(moving), *grid.shape, grid.dim), grid), (moving, fixed), ())
+    loss = partial(objectives.image_refinement, similarity=similarity, window_vox=settings.window_vox)
+    with torch.autocast(moving.device.type, enabled=False):
+        return _refine_greedily(nothing, nothing.features, grid, settings, loss, None)
 
 
 def _with_images(loss: Loss, images: tuple[Tensor, Tensor] | None, settings: Refinement) -> Loss:
@@ -155,7 +200,9 @@ def _with_images(loss: Loss, images: tuple[Tensor, Tensor] | None, settings: Ref
     def both(
         features: tuple[Tensor, Tensor], transform: Transform, grid: Grid, focus: objectives.Focus | None
     ) -> Float[Tensor, "b"]:
-        seen = objectives.image_refinement((compared[0], compared[1]), transform, grid, focus, "local_ncc")
+        seen = objectives.image_refinement(
+            (compared[0], compared[1]), transform, grid, focus, "local_ncc", settings.window_vox
+        )
         return loss(features, transform, grid, focus) + settings.images * seen
 
     return both
@@ -229,6 +276,53 @@ def _refine_parameters(
         else:
             keeper.note(*now())
     return keeper.refined(steps, features)
+
+
+def _refine_greedily(
+    result: Result,
+    features: tuple[Tensor, Tensor],
+    grid: Grid,
+    settings: Refinement,
+    loss: Loss,
+    watch: Callable[[int, Transform], None] | None,
+) -> Refined:
+    """One displacement, mm, from level to level; the coarsest sees the images as they are averaged most."""
+    here, found = grid, displacement(result.transform, grid).detach().expand(len(features[0]), *[-1] * (grid.dim + 1))
+    levels = (*settings.coarser, settings.steps) if settings.steps else (0,)
+    curves: list[Tensor] = []
+    taken = torch.zeros(len(found), dtype=torch.long, device=found.device)
+    for level, steps in enumerate(levels):
+        at = replace(settings, coarsen=settings.coarsen * 2 ** (len(levels) - 1 - level), steps=steps)
+        compared, coarse = _compared(features, grid, at)
+        found, here = _brought(found, here, coarse), coarse
+        both, focus = _with_images(loss, result.images, at), _focus(Dense(found, here), compared, here, at)
+        keeper = _Keeper(at)
+        for count in range(steps + 1):
+            with torch.enable_grad():
+                step = _dense(found.requires_grad_(), here)
+                transform = step.build(found)
+                if watch is not None:
+                    watch(sum(map(len, curves)) - level + count, transform)
+                losses = _loss((step,), transform, compared, here, at, both, focus)
+                (slope,) = torch.autograd.grad(losses.sum(), found) if count < steps else (None,)
+            found = found.detach()
+            if keeper.note(losses, [found]) or slope is None:
+                break
+            found = greedy.descend(found, slope, here, at.rate, at.smoothing_vox)
+        found = keeper.best[0]
+        curves.append(torch.stack(keeper.curve))
+        taken += keeper.taken
+    last = _dense(_brought(found, here, grid), grid)
+    return Refined(Result(assemble((last,)), features, (last,)), torch.cat(curves), taken)
+
+
+def _brought(field: Float[Tensor, "b *here d"], here: Grid, there: Grid) -> Float[Tensor, "b *there d"]:
+    """A displacement on another level's grid: averaged over cubes, or linear in between."""
+    if there.shape == here.shape:
+        return field
+    if there.shape > here.shape:
+        return upsampled(field, here, there)
+    return objectives.averaged(field.movedim(-1, 1), here.shape[0] // there.shape[0]).movedim(1, -1)
 
 
 def _refine_each_pairs_weights(

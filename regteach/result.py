@@ -46,12 +46,15 @@ class Result:
         features: what the test-time loss compares, moving and fixed, ``b k *grid`` each.
         steps: what the transform is made of, coarse to fine.
         images: moving and fixed, where the features are something else than the images.
+        pyramids: of the moving and of the fixed image, each level's ``b c *level``, finest first, in the training of a
+            network that encodes each image for itself; afterwards they would only take memory.
     """
 
     transform: Transform
     features: tuple[Tensor, Tensor]
     steps: tuple[Step, ...]
     images: tuple[Tensor, Tensor] | None = None
+    pyramids: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None = None
 
     def up_to(self, count: int) -> Transform:
         """The transform after the first ``count`` steps."""

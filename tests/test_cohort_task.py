@@ -10,13 +10,16 @@ from truths.fields import one_sentence
 from regteach import objectives
 from regteach.checkpoints import Model, network
 from regteach.cohort_task import CohortTask, start_from
+from regteach.data.augment import Augmentation
 from regteach.data.cohort import Cohort
 from regteach.grid import Grid
 from regteach.nets.georeg import GeoReg, GeoRegConfig
 from regteach.recipes import Recipe, find_recipe
+from regteach.refinement import Refinement, search
 from regteach.sampling import warp
 from regteach.similarity import ncc
 from regteach.training import Settings
+from regteach.transforms import displacement
 
 SMALL = GeoRegConfig(Grid((16, 16)), (4, 8, 8), (0, 3, 3), (3, 3))
 
@@ -130,3 +133,156 @@ def test_the_weights_of_the_levels_count() -> None:
     finest = 1 - ncc(warp(moving, result.transform, grid), fixed)
     terms = objectives.multiscale(result, grid, weights=(1.0, 0.0, 0.0))
     torch.testing.assert_close(terms["image"], finest)
+
+
+# ---- taught by a search ----
+
+TAUGHT = replace(SMALL, similarity="local_ncc")
+TEACHER = Refinement(2, "greedy", rate=0.5, coarser=(3, 3), window_vox=5)
+
+
+@pytest.mark.parametrize("finest", [0, 1])
+def test_to_be_taught_is_to_be_told_how_far_each_point_lies_from_where_it_belongs(finest: int) -> None:
+    """Every output is off by the same shift, so every level says its length; what nobody moved says the teacher's."""
+    torch.manual_seed(0)
+    grid, net = Grid((16, 16), (1.0, 1.5)), network(SMALL).eval()  # untrained: the identity
+    moving, fixed = torch.rand(2, 3, 1, 16, 16)
+    shift = torch.tensor([3.0, -4.0]).expand(3, 16, 16, 2)
+    terms = objectives.taught(net(moving, fixed, grid, finest), shift, grid, softness=0.0)
+    torch.testing.assert_close(terms["taught"], torch.full((3,), 5.0))
+    softer = objectives.taught(net(moving, fixed, grid, finest), shift, grid, softness=12.0)
+    torch.testing.assert_close(softer["taught"], torch.full((3,), 13.0))
+
+
+def test_what_is_taught_is_weighed_by_level_and_by_what_the_fixed_image_shows() -> None:
+    torch.manual_seed(0)
+    grid, net = Grid((16, 16)), shaken(SMALL)
+    moving, fixed = torch.rand(2, 1, 1, 16, 16)
+    fixed[..., :8, :] = 0
+    result = net(moving, fixed, grid)
+    motion = torch.randn(1, 16, 16, 2)
+    apart = (result.transform.displacement - motion).norm(dim=-1)
+    mask = torch.where(torch.arange(16)[:, None] < 8, objectives.VOID, 1.0).expand(1, 16, 16)
+    found = objectives.taught(result, motion, grid, (1.0, 0.0, 0.0), softness=0.0)["taught"]
+    torch.testing.assert_close(found, (apart * mask).sum((1, 2)) / mask.sum((1, 2)))
+    assert (found - apart.mean()).abs() > 1e-3
+
+
+def test_who_is_taught_learns_what_the_teacher_finds() -> None:
+    """The loss is the distance to the search on these very images, and its gradient is the network's alone."""
+    cohort = noise()
+    recipe = Recipe("taught", "noise", "unsupervised", TAUGHT, Settings(steps=2, batch=2), teacher=TEACHER)
+    task, net = CohortTask(recipe, cohort), shaken(TAUGHT)
+    terms = task.loss(net, (0, 1), torch.device("cpu"))
+    items = [task._item(number) for number in (0, 1)]
+    moving, fixed = (torch.cat([item[0][side] for item in items]) for side in (0, 1))
+    motion = displacement(search(moving, fixed, cohort.grid, TEACHER).result.transform, cohort.grid)
+    assert motion.abs().max() > 0.3
+    expected = objectives.taught(net(moving, fixed, cohort.grid), motion, cohort.grid)["taught"]
+    assert set(terms) == {"taught"}
+    torch.testing.assert_close(terms["taught"], expected)
+    terms["taught"].sum().backward()
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in net.parameters())
+
+
+def test_the_teacher_sees_the_fixed_person_in_the_contrast_of_the_moving_one_moved_alike_and_without_noise() -> None:
+    plain = noise()
+    cohort = replace(
+        plain,
+        people=("a", "b", "a", "b"),
+        splits={"train": (0, 1, 2, 3), "validation": (), "test": ()},
+        twins=(2, 3, 0, 1),
+        given_pairs={"train": ((0, 3), (1, 2))},
+    )
+    changes = Augmentation(shift_mm=3.0, rotation_deg=20.0, gamma=0.5, noise=0.2)
+    settings = Settings(steps=2, batch=2)
+    recipe = Recipe("taught", "noise", "unsupervised", TAUGHT, settings, changes, teacher=TEACHER)
+    noisy = CohortTask(recipe, cohort)
+    quiet = CohortTask(replace(recipe, augmentation=replace(changes, gamma=0.0, noise=0.0)), cohort)
+    # The same anatomy in both contrasts: what the teacher is shown of a quiet scanner is what the network sees.
+    alike = replace(cohort, images=plain.images[[0, 1, 0, 1]])
+    same = CohortTask(replace(quiet.recipe), alike)
+    for number in range(6):
+        seen, _, shown = noisy._item(number)
+        _, _, clean = quiet._item(number)
+        assert torch.equal(shown[0], clean[0])  # the first that is drawn: noise takes random numbers, too
+        assert not torch.equal(seen[0], shown[0])
+        seen, _, shown = same._item(number)
+        assert all(torch.equal(a, b) for a, b in zip(seen, shown, strict=True))
+        assert torch.equal(shown[1], clean[1])
+
+
+@pytest.mark.parametrize("change", [{"teacher": Refinement(2)}, {"config": find_recipe("istn-slices").config}])
+def test_who_can_not_be_taught_is_said(change: dict[str, Any]) -> None:
+    recipe = Recipe("taught", "noise", "unsupervised", TAUGHT, Settings(steps=2, batch=2), teacher=TEACHER)
+    with pytest.raises(ValueError, match="can not be taught") as error:
+        CohortTask(replace(recipe, **change), noise())
+    assert one_sentence(error.value)
+
+
+# ---- an encoder that imitates another ----
+
+TWO = replace(SMALL, encoders=2)
+
+
+def in_two_contrasts() -> Cohort:
+    """Two people; images 2 and 3 are images 0 and 1 with black for white."""
+    plain = noise()
+    return replace(
+        plain,
+        images=torch.cat([plain.images[:2], 1 - plain.images[:2]]),
+        people=("a", "b", "a", "b"),
+        splits={"train": (0, 1, 2, 3), "validation": (), "test": ()},
+        twins=(2, 3, 0, 1),
+        given_pairs={"train": ((0, 3), (1, 2))},
+    )
+
+
+def test_features_that_are_alike_cost_nothing_and_none_at_all_cost_two() -> None:
+    torch.manual_seed(0)
+    shown = [torch.rand(3, 4, 16, 16), torch.rand(3, 8, 8, 8)]
+    torch.testing.assert_close(objectives.alike(shown, shown)["features"], torch.zeros(3))
+    torch.testing.assert_close(objectives.alike([0 * f for f in shown], shown)["features"], torch.ones(3))
+    # Of a batch whose second level alone is off by a tenth of itself, half of a hundredth.
+    off = [shown[0], 1.1 * shown[1]]
+    torch.testing.assert_close(objectives.alike(off, shown)["features"], torch.full((3,), 0.005), rtol=1e-4, atol=0)
+
+
+def test_only_the_second_encoder_is_trained_and_it_comes_to_see_what_the_first_sees() -> None:
+    torch.manual_seed(0)
+    recipe = Recipe("imitator", "noise", "unsupervised", TWO, Settings(steps=2, batch=2), imitate=True)
+    task, net = CohortTask(recipe, in_two_contrasts()), shaken(TWO).train()
+    before = {name: p.clone() for name, p in net.state_dict().items()}
+    optimiser = torch.optim.Adam(net.parameters(), 3e-3)
+    values = []
+    for step in range(60):
+        terms = task.loss(net, (2 * step, 2 * step + 1), torch.device("cpu"))
+        optimiser.zero_grad()
+        terms["features"].mean().backward()
+        assert all(p.grad is not None for p in net.parameters())
+        optimiser.step()
+        values.append(float(terms["features"].mean()))
+    changed = {name.split(".")[1] for name, p in net.state_dict().items() if not torch.equal(p, before[name])}
+    assert {name for name in before if not torch.equal(before[name], net.state_dict()[name])} == {
+        name for name in before if name.startswith("encoders.1.")
+    }
+    assert changed == {"1"}
+    assert sum(values[-5:]) < 0.3 * sum(values[:5])
+
+
+def test_pyramids_are_kept_in_training_alone() -> None:
+    net, pair = shaken(SMALL), torch.rand(2, 1, 1, 16, 16)
+    assert net(*pair, SMALL.grid).pyramids is None
+    kept = net.train()(*pair, SMALL.grid).pyramids
+    assert kept is not None
+    for side, image in zip(kept, pair, strict=True):
+        assert [tuple(level.shape[1:]) for level in side] == [(4, 16, 16), (8, 8, 8), (8, 4, 4)]
+        torch.testing.assert_close(side[0], net.encoders[0](image)[0])
+
+
+def test_nobody_imitates_without_a_second_encoder_and_twins() -> None:
+    recipe = Recipe("imitator", "noise", "unsupervised", TWO, Settings(steps=2, batch=2), imitate=True)
+    for wrong, cohort in ((recipe, noise()), (replace(recipe, config=SMALL), in_two_contrasts())):
+        with pytest.raises(ValueError, match="to imitate by") as error:
+            CohortTask(wrong, cohort)
+        assert one_sentence(error.value)

@@ -17,17 +17,17 @@ from regteach.grid import Grid
 from regteach.nets.georeg import GeoReg, GeoRegConfig
 from regteach.nets.istn import ISTN, AffineStage, ISTNConfig, SplineStage
 from regteach.nets.voxelmorph import VoxelMorph, VoxelMorphConfig
-from regteach.refinement import Refined, Refinement, corrections, refine, sharpened
+from regteach.refinement import Refined, Refinement, corrections, refine, search, sharpened
 from regteach.regularity import bending_energy_spline_plain
 from regteach.result import Result, assemble
-from regteach.sampling import grid_points, warp
+from regteach.sampling import grid_points, smooth, warp
 from regteach.similarity import local_ncc
 from regteach.transforms import Dense, Identity, Transform, displacement
 
 GRIDS = {2: Grid((32, 28), (1.0, 1.5), (-10.0, 3.0)), 3: Grid((20, 18, 16), (1.0, 1.5, 2.0), (-10.0, 3.0, 5.5))}
-MODES = ("parameters", "corrections", "weights")
+MODES = ("parameters", "corrections", "greedy", "weights")
 OWN = ("parameters", "weights")  # the steps stay those of the network
-RATE = {"parameters": 0.03, "corrections": 0.1, "weights": 1e-3}
+RATE = {"parameters": 0.03, "corrections": 0.1, "greedy": 0.5, "weights": 1e-3}
 # Brightness, and centre and width in parts of half the image.
 BLOBS = (
     (1.0, (0.0, 0.1, 0.0), (0.2, 0.3, 0.25)),
@@ -521,6 +521,13 @@ def test_settings_that_mean_nothing_get_one_sentence():
     with pytest.raises(ValueError) as caught:
         Refinement(images=-3.0)
     assert one_sentence(caught.value, "-3.0")
+    with pytest.raises(ValueError) as caught:
+        Refinement(coarser=(10,))
+    assert one_sentence(caught.value, "greedy", "parameters")
+    for wrong in ({"coarser": (10, 0)}, {"smoothing_vox": (-1.0, 0.5)}):
+        with pytest.raises(ValueError) as caught:
+            Refinement(mode="greedy", **wrong)
+        assert one_sentence(caught.value)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -547,9 +554,9 @@ def test_steps_are_joined_as_their_network_joins_them(model, mode):
     settings = Refinement(steps=0, mode=mode)
     refined = refine(network, start, grid, settings).result
     torch.testing.assert_close(both(refined, grid), both(start, grid), rtol=0, atol=1e-5)
-    if mode != "corrections":  # those are other steps, and composed
+    if mode not in ("corrections", "greedy"):  # those are other steps, and composed
         assert [step.join for step in refined.steps] == [step.join for step in start.steps]
-    one_step = refine(network, start, grid, replace(settings, steps=1, rate=1e-7)).result
+    one_step = refine(network, start, grid, replace(settings, steps=1, rate=1e-7, smoothing_vox=(1.0, 0.0))).result
     torch.testing.assert_close(both(one_step, grid), both(start, grid), rtol=0, atol=1e-2)
 
 
@@ -582,3 +589,84 @@ def test_corrections_of_a_grid_that_can_not_be_halved_are_on_that_grid_alone():
     grid = Grid((7, 9), (1.0, 1.5))
     steps = corrections(Identity(2), grid)
     assert [step.build(step.parameters).grid for step in steps] == [grid, grid]
+
+
+# Greedy: levels, and no network at all
+
+
+GREEDY = Refinement(10, "greedy", rate=0.5, coarser=(20, 15), window_vox=5)
+
+
+@pytest.mark.parametrize("dim", [2, 3])
+def test_a_search_without_a_network_finds_a_known_motion(dim):
+    grid = {2: Grid((32, 28), (1.0, 1.5), (-10.0, 3.0)), 3: Grid((20, 24, 16), (1.0, 1.5, 2.0), (-10.0, 3.0, 5.5))}[dim]
+    truth = known(grid, TURNED, [1.5, -1.2, 0.8])
+    moving, fixed = pairs_of(grid, truth)
+    found = search(moving, fixed, grid, replace(GREEDY, rate=0.25), "mse").result
+    seen = fixed[:, 0] > 0.2
+    away = displacement(truth, grid).norm(dim=-1)[seen].mean()
+    left = (both(found, grid) - displacement(truth, grid)).norm(dim=-1)[seen].mean()
+    assert left < 0.45 * away  # inside of a blob every place looks like the next
+    assert (
+        objectives.image_refinement((moving, fixed), found.transform, grid, similarity="mse")
+        < 0.05 * (moving - fixed).square().mean()
+    )
+
+
+def test_coarse_levels_find_what_the_finest_alone_can_not():
+    """A texture, moved by more than its own grain: at full resolution every place has a better neighbour nearby."""
+    grid = Grid((64, 64))
+    wide = Grid((80, 64))
+    grain = sum(smooth(torch.randn(1, 1, *wide.shape), sigma, wide) * sigma for sigma in (1.0, 2.0, 4.0))
+    moving, fixed = grain[:, :, :64], grain[:, :, 6:70]
+    alone = search(moving, fixed, grid, replace(GREEDY, steps=45, coarser=()))
+    levels = search(moving, fixed, grid, replace(GREEDY, steps=10, coarser=(20, 15)))
+    middle = (0, slice(16, 48), slice(16, 48))
+    error = [
+        float((both(r.result, grid)[middle] - torch.tensor([6.0, 0.0])).norm(dim=-1).mean()) for r in (alone, levels)
+    ]
+    assert error[1] < 1
+    assert error[0] > 3
+
+
+def test_the_curve_holds_every_level_one_after_the_other():
+    grid = Grid((32, 28), (1.0, 1.5), (-10.0, 3.0))
+    moving, fixed = three_pairs(grid)
+    counts: list[int] = []
+    model = network(grid)
+    start = model(moving, fixed, grid)
+    settings = replace(GREEDY, steps=3, coarser=(5, 4))
+    refined = refine(model, start, grid, settings, watch=lambda count, _: counts.append(count))
+    assert refined.curve.shape == (6 + 5 + 4, 3)
+    assert refined.stopped.tolist() == [12, 12, 12]
+    assert counts == [*range(6), *range(5, 10), *range(9, 13)]
+    for first, factor in ((0, 4), (6, 2), (11, 1)):
+        maps = tuple(objectives.averaged(image, factor) for image in (moving, fixed))
+        if first == 0:
+            expected = objectives.refinement(maps, Identity(2), grid.coarsened(factor))
+            torch.testing.assert_close(refined.curve[0], expected)
+    last = objectives.refinement((moving, fixed), refined.result.transform, grid)
+    torch.testing.assert_close(last, refined.curve[11:].amin(0), rtol=1e-4, atol=1e-6)
+
+
+def test_no_steps_take_no_coarse_ones_either():
+    grid = GRIDS[2]
+    moving, fixed = three_pairs(grid)
+    model = network(grid)
+    refined = refine(model, model(moving, fixed, grid), grid, replace(GREEDY, steps=0))
+    assert refined.curve.shape == (1, 3)
+    assert both(refined.result, grid).abs().max() == 0
+
+
+def test_the_window_of_local_ncc_is_the_one_that_was_asked_for():
+    grid = GRIDS[2]
+    moving, fixed = three_pairs(grid)
+    for width in (3, 9):
+        refined = search(moving, fixed, grid, replace(GREEDY, steps=1, coarser=(), window_vox=width))
+        torch.testing.assert_close(refined.curve[0], 1 - local_ncc(moving, fixed, window_vox=width))
+
+
+def test_only_a_greedy_search_needs_no_network():
+    with pytest.raises(ValueError) as caught:
+        search(*three_pairs(GRIDS[2]), GRIDS[2], Refinement(1))
+    assert one_sentence(caught.value, "greedy", "parameters")

@@ -202,7 +202,8 @@ class GeoReg(nn.Module):
             for encoder, image in zip((self.encoders[0], self.encoders[-1]), (moving, fixed), strict=True)
         ]
         steps = self._decode(pyramids[0], pyramids[1], grid, finest)
-        return Result(after_each(steps)[-1], (moving, fixed), steps)
+        kept = (tuple(pyramids[0]), tuple(pyramids[1])) if self.training else None
+        return Result(after_each(steps)[-1], (moving, fixed), steps, pyramids=kept)
 
     def align(self, moving: Tensor, fixed: Tensor, grid: Grid) -> Result:
         """The same as a call: what refinement compares are the images themselves."""
