@@ -249,6 +249,7 @@ def _georeg() -> list[Recipe]:
             weights=(),
             coarse_first=(),
             imitate=True,
+            refinement=Refinement(10, "greedy", 0.5, coarser=(30, 40), smoothing_vox=(2.5, 0.7)),
             start="georeg-brains",
         ),
         Recipe(
@@ -258,7 +259,7 @@ def _georeg() -> list[Recipe]:
             GeoRegConfig(RETINA, (8, 16, 32, 32, 64), (0, 3, 3, 3, 3), (2, 3, 3, 3)),
             Settings(steps=300, batch=4, rate=1e-3, warmup=30, decay=True, precision="bf16", validate_every=50),
             bending=1e-4,
-            refinement=Refinement(50, rate=5e-4, bending=1e-4),
+            refinement=Refinement(30, "greedy", 0.7, coarser=(40,) * 4, smoothing_vox=(2.5, 0.8)),
         ),
     ]
 
