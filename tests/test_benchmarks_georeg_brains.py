@@ -141,7 +141,7 @@ def test_a_quick_run(tmp_path: Path) -> None:
     assert [table["title"].split()[0] for table in record["tables"]] == ["georeg-hippocampus", "georeg-retina"]
     for table in record["tables"]:
         names = [row[0] for row in table["rows"]]
-        assert names == [bench.NOTHING, bench.AFFINE, bench.SPLINES, bench.ONE, bench.REFINED]
+        assert names == [bench.NOTHING, bench.AFFINE, bench.SPLINES, bench.GREEDY, bench.ONE, bench.REFINED]
         assert all(len(row) == len(table["columns"]) for row in table["rows"])
         assert not any("the aim is" in note for note in table["notes"])
     rows = {(r["part"], r["method"]): r for r in record["records"]}
@@ -160,7 +160,7 @@ def test_without_weights_the_rest_is_measured_and_with_them_all(
 ) -> None:
     arguments = ["--device", "cpu", "--parts", "hippocampus", "--pairs", "2", "--weights", str(tmp_path)]
     (table,) = bench.main(arguments)["tables"]
-    assert [row[0] for row in table["rows"]] == [bench.NOTHING, bench.AFFINE, bench.SPLINES]
+    assert [row[0] for row in table["rows"]] == [bench.NOTHING, bench.AFFINE, bench.SPLINES, bench.GREEDY]
     (missing,) = [note for note in table["notes"] if "no weights" in note]
     assert "georeg-hippocampus.safetensors" in missing
     assert one_sentence(ValueError(missing))
@@ -170,7 +170,7 @@ def test_without_weights_the_rest_is_measured_and_with_them_all(
     save_model(tmp_path / "georeg-hippocampus.safetensors", model)
     record = bench.main(arguments)
     (table,) = record["tables"]
-    assert [row[0] for row in table["rows"]][3:] == [bench.ONE, bench.REFINED]
+    assert [row[0] for row in table["rows"]][4:] == [bench.ONE, bench.REFINED]
     assert table["notes"][0].startswith(f"{bench.ONE}: Dice")
     assert not any("no weights" in note for note in table["notes"])
     assert {r.get("parameters") for r in record["records"]} == {None, count_parameters(network)}
