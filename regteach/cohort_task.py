@@ -113,8 +113,18 @@ class CohortTask:
         return objectives.istn(recipe.variant, result, images, soi, grid, recipe.bending, recipe.coarsen)
 
     def validate(self, model: nn.Module, device: torch.device) -> dict[str, float]:
-        """Dice, one pass, on validation people."""
-        return measure(model, self.cohort, self.judged, device)[0]
+        """Dice, one pass, on validation people; first of all how alike two encoders are there, where one imitates."""
+        found = measure(model, self.cohort, self.judged, device)[0]
+        return ({"alike": self._alike(model, device)} if self.recipe.imitate else {}) | found
+
+    def _alike(self, model: Any, device: torch.device) -> float:
+        """1 - :func:`objectives.alike`, in the mean over the fixed images of validation people and their twins."""
+        pyramids = [
+            [model.encoders[which](self.cohort.images[[index]].to(device)) for which, index in ((1, f), (0, twin))]
+            for f, twin in ((f, self.cohort.twin(f)) for f in sorted({fixed for _, fixed in self.judged}))
+        ]
+        errors = [float(objectives.alike(seen, shown)["features"]) for seen, shown in pyramids]
+        return 1 - sum(errors) / len(errors)
 
     def picture(self, model: nn.Module, device: torch.device) -> bytes | None:
         """The first validation pair: fixed, moving, warped, and the map of the fixed image."""

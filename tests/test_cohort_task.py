@@ -270,6 +270,33 @@ def test_only_the_second_encoder_is_trained_and_it_comes_to_see_what_the_first_s
     assert sum(values[-5:]) < 0.3 * sum(values[:5])
 
 
+def test_an_imitator_is_judged_by_how_alike_it_sees() -> None:
+    """An encoder is the like of itself; fed with the same images, the second one is the better the less it differs."""
+    plain = in_two_contrasts()
+    pairs = {"train": ((0, 3), (1, 2)), "validation": ((4, 7), (5, 6))}
+    cohort = replace(
+        plain,
+        images=plain.images[[0, 1, 0, 1, 0, 1, 0, 1]],  # both contrasts alike
+        soi=plain.soi[[0, 1] * 4],
+        labels=plain.labels[[0, 1] * 4],
+        people=("a", "b", "a", "b", "c", "d", "c", "d"),
+        splits={"train": (0, 1, 2, 3), "validation": (4, 5, 6, 7), "test": ()},
+        twins=(2, 3, 0, 1, 6, 7, 4, 5),
+        given_pairs=pairs,
+    )
+    recipe = Recipe("imitator", "noise", "unsupervised", TWO, Settings(steps=2, batch=2), imitate=True)
+    task, net = CohortTask(recipe, cohort), shaken(TWO)
+    net.encoders[1].load_state_dict(net.encoders[0].state_dict())
+    with torch.no_grad():
+        assert next(iter(task.validate(net, torch.device("cpu")).items())) == ("alike", pytest.approx(1.0))
+        worse = []
+        for factor in (1.05, 1.2, 0.0):
+            for own, other in zip(net.encoders[1].parameters(), net.encoders[0].parameters(), strict=True):
+                own.copy_(factor * other)
+            worse.append(task.validate(net, torch.device("cpu"))["alike"])
+        assert 1 > worse[0] > max(worse[1:])
+
+
 def test_pyramids_are_kept_in_training_alone() -> None:
     net, pair = shaken(SMALL), torch.rand(2, 1, 1, 16, 16)
     assert net(*pair, SMALL.grid).pyramids is None
