@@ -92,7 +92,7 @@ class Refinement:
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
-            raise ValueError(f"Refinement turns the {', the '.join(MODES[:-1])} or the {MODES[-1]}, not {self.mode!r}.")
+            raise ValueError(f"A mode of refinement is one of {', '.join(MODES)}, not {self.mode!r}.")
         if self.sharpen < 0:
             raise ValueError(f"Maps are sharpened by a slope of 0 or more, not {self.sharpen}.")
         if self.images < 0:

@@ -349,7 +349,9 @@ def _found(
     if settings.steps == 0:
         return result, []
     if points is not None and settings.mode != "parameters":
-        raise ValueError(f"Refining the {settings.mode} would forget the points that are given: refine the parameters.")
+        raise ValueError(
+            f"Refinement in mode {settings.mode!r} would forget the points that are given: use 'parameters'."
+        )
     refined = refine(model.network, result, grid, settings)
     found = refined.result
     if isinstance(found.transform, KeypointTransform):  # dense once, not whenever it is asked

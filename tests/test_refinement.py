@@ -640,11 +640,8 @@ def test_the_curve_holds_every_level_one_after_the_other():
     assert refined.curve.shape == (6 + 5 + 4, 3)
     assert refined.stopped.tolist() == [12, 12, 12]
     assert counts == [*range(6), *range(5, 10), *range(9, 13)]
-    for first, factor in ((0, 4), (6, 2), (11, 1)):
-        maps = tuple(objectives.averaged(image, factor) for image in (moving, fixed))
-        if first == 0:
-            expected = objectives.refinement(maps, Identity(2), grid.coarsened(factor))
-            torch.testing.assert_close(refined.curve[0], expected)
+    maps = tuple(objectives.averaged(image, 4) for image in (moving, fixed))
+    torch.testing.assert_close(refined.curve[0], objectives.refinement(maps, Identity(2), grid.coarsened(4)))
     last = objectives.refinement((moving, fixed), refined.result.transform, grid)
     torch.testing.assert_close(last, refined.curve[11:].amin(0), rtol=1e-4, atol=1e-6)
 
