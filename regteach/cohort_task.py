@@ -14,6 +14,7 @@ from regteach.data.augment import augmented
 from regteach.data.cohort import Cohort
 from regteach.data.named import load_cohort
 from regteach.evaluation import PairFigures, figures_of, measure, pairs_to_test
+from regteach.grid import Grid
 from regteach.nets.blocks import fast_layout
 from regteach.nets.georeg import GeoRegConfig
 from regteach.nets.istn import ISTNConfig
@@ -38,6 +39,7 @@ class CohortTask:
         self.recipe = recipe
         self.cohort = load_cohort(recipe.data) if cohort is None else cohort
         self._check()
+        self.seen, self.grid = _middle(self.cohort.grid, recipe.middle)
         self.pairs = self.cohort.pairs("train")
         available = self.cohort.pairs("validation")
         self.judged = self.cohort.pairs("validation", min(validation_pairs, len(available)), seed=0)
@@ -54,6 +56,8 @@ class CohortTask:
             raise ValueError(f"{self.recipe.name} can not be taught: networks of images are, by a greedy search.")
         if self.recipe.coarse_first and not isinstance(config, GeoRegConfig):
             raise ValueError(f"{self.recipe.name} has no levels that could join late: only those of a GeoReg can.")
+        if self.recipe.middle and not isinstance(config, GeoRegConfig):
+            raise ValueError(f"{self.recipe.name} trains on images of one size; only a GeoReg looks at their middle.")
         if self.recipe.weights and isinstance(config, ISTNConfig):
             raise ValueError(f"{self.recipe.name} is not judged level by level, so its levels have no weights.")
         if isinstance(config, ISTNConfig) and config.itn and config.structures != cohort.soi.shape[1]:
@@ -84,7 +88,7 @@ class CohortTask:
         (moving, fixed), (soi_moving, soi_fixed), (shown_moving, shown_fixed) = (
             [torch.cat([item[kind][side] for item in drawn]).to(device) for side in (0, 1)] for kind in (0, 1, 2)
         )
-        grid = self.cohort.grid
+        grid = self.grid
         recipe, images, soi = self.recipe, (moving, fixed), (soi_moving, soi_fixed)
         finest = sum(items[0] // recipe.settings.batch < step for step in recipe.coarse_first)
         if recipe.imitate and isinstance(recipe.config, GeoRegConfig):  # no point has to move
@@ -183,11 +187,9 @@ class CohortTask:
         """A pair's images, their structures, and the images as they serve as a pattern: moving and fixed of each."""
         generator = torch.Generator().manual_seed(self.recipe.settings.seed * 1_000_000_007 + number)
         pair = self.pairs[int(torch.randint(len(self.pairs), (), generator=generator))]
-        if self.recipe.themselves and float(torch.rand((), generator=generator)) < self.recipe.themselves:
-            pair = (pair[0], self.cohort.twin(pair[0]))
         moving = self._side(pair[0], generator, pair[0])
         fixed = self._side(pair[1], generator, self.cohort.twin(pair[1]))
-        return tuple(zip(moving, fixed, strict=True))
+        return tuple((a[self.seen], b[self.seen]) for a, b in zip(moving, fixed, strict=True))
 
     def _side(self, index: int, generator: torch.Generator, twin: int) -> tuple[Tensor, Tensor, Tensor]:
         """An image and its structures, changed at random; and its twin, moved in the same way, nothing else."""
@@ -202,6 +204,17 @@ class CohortTask:
         again.set_state(before)
         moved_only = replace(changes, gamma=0.0, bias=0.0, noise=0.0, blur_mm=0.0, synthetic=0.0)
         return seen, maps, augmented(cohort.images[[twin]], soi, cohort.grid, moved_only, again)[0]
+
+
+def _middle(grid: Grid, size: Sequence[int]) -> tuple[tuple[slice, ...], Grid]:
+    """What of a batch on a grid lies in its middle, and the grid of that; everything where no size is given."""
+    size = size or grid.shape
+    if len(size) != grid.dim or any(not 0 < small <= n for small, n in zip(size, grid.shape, strict=True)):
+        raise ValueError(f"A middle of {tuple(size)} voxels does not lie in a grid of {grid.shape}.")
+    low = [(n - small) // 2 for small, n in zip(size, grid.shape, strict=True)]
+    high = [a + small for a, small in zip(low, size, strict=True)]
+    voxels = (slice(a, b) for a, b in zip(low, high, strict=True))
+    return (slice(None), slice(None), *voxels), grid.cropped(low, high)
 
 
 def _before(cohort: Cohort, pairs: Sequence[tuple[int, int]]) -> float:

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from regteach.grid import Grid
-from regteach.sampling import grid_points, smooth
+from regteach.sampling import grid_points, smooth_field
 from regteach.transforms import Dense
 
 
@@ -43,13 +43,9 @@ def descend(
         The new displacement, mm. Where the slope is 0 everywhere, nothing moves, but u is still smoothed.
     """
     spacing = slope.new_tensor(grid.spacing)
-    update = -_smoothed(slope, smoothing_vox[0], grid)
+    update = -smooth_field(slope, smoothing_vox[0], grid)
     furthest = (update / spacing).norm(dim=-1).flatten(1).amax(1).clamp_min(torch.finfo(slope.dtype).tiny)
     update = update * (rate_vox / furthest).reshape(-1, *[1] * (grid.dim + 1))
     there = (grid_points(grid, update.device)[None] + update).flatten(1, -2)
     composed = Dense(displacement, grid)(there).unflatten(1, grid.shape) - grid_points(grid, update.device)
-    return _smoothed(composed, smoothing_vox[1], grid)
-
-
-def _smoothed(field: Tensor, sigma_vox: float, grid: Grid) -> Tensor:
-    return smooth(field.movedim(-1, 1), tuple(sigma_vox * h for h in grid.spacing), grid).movedim(1, -1)
+    return smooth_field(composed, smoothing_vox[1], grid)

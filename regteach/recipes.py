@@ -32,8 +32,6 @@ class Recipe:
         config: of the network.
         settings: of the loop.
         augmentation: of the images.
-        themselves: share of the training pairs in which people meet themselves, changed at random twice. There every
-            point has a partner; between two people a network that looks at images alone may learn to fit outlines.
         bending: weight of the bending energy in training, mm^2.
         weights: of each level of a network that is judged at every level, finest first; equal where left out. Cortex
             that has been blurred to 16 mm says little of what lies below it: brains are judged by their fine levels.
@@ -43,6 +41,8 @@ class Recipe:
             people in one contrast, where a cohort has twins, and without the noise that the network sees.
         imitate: the second of two encoders learns to see in its contrast what the first sees in that of the twin;
             nothing else is trained (:func:`regteach.objectives.alike`).
+        middle: voxels an axis of the middle of the images, to which training looks; all where left out. Cheaper, where
+            what surrounds it is mostly empty; for networks that take images of any size.
         coarsen: in training, alignment is judged on maps averaged over cubes of this many voxels.
         refinement: what is recommended at test time.
         start: name of a model that ships, whose weights training starts from; its own name where training goes on.
@@ -54,12 +54,12 @@ class Recipe:
     config: Config
     settings: Settings
     augmentation: Augmentation = Augmentation()
-    themselves: float = 0.0
     bending: float = 0.0
     weights: tuple[float, ...] = ()
     coarse_first: tuple[int, ...] = ()
     teacher: Refinement | None = None
     imitate: bool = False
+    middle: tuple[int, ...] = ()
     coarsen: int = 1
     refinement: Refinement = Refinement()
     start: str = ""

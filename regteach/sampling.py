@@ -156,6 +156,11 @@ def smooth(
     return image
 
 
+def smooth_field(field: Float[Tensor, "b *grid d"], sigma_vox: float, grid: Grid) -> Float[Tensor, "b *grid d"]:
+    """:func:`smooth` for vectors at every voxel, equally many voxels along each axis; 0 changes nothing."""
+    return smooth(field.movedim(-1, 1), tuple(sigma_vox * h for h in grid.spacing), grid).movedim(1, -1)
+
+
 def gradient(field: Float[Tensor, "b c *grid"], grid: Grid) -> Float[Tensor, "b c *grid d"]:
     """Derivatives along each axis, per mm: central differences inside, one-sided at the two ends (as numpy.gradient).
 

@@ -14,6 +14,7 @@ from regteach.data.augment import Augmentation
 from regteach.data.cohort import Cohort
 from regteach.grid import Grid
 from regteach.nets.georeg import GeoReg, GeoRegConfig
+from regteach.nets.voxelmorph import VoxelMorphConfig
 from regteach.recipes import Recipe, find_recipe
 from regteach.refinement import Refinement, search
 from regteach.sampling import warp
@@ -96,32 +97,40 @@ def test_levels_are_those_of_a_network_that_has_them(change: dict[str, Any], say
     assert one_sentence(error.value)
 
 
-@pytest.mark.parametrize(("share", "least", "most"), [(0.0, 0, 0), (0.3, 40, 80), (1.0, 200, 200)])
-def test_so_many_pairs_are_people_with_themselves(share: float, least: int, most: int) -> None:
+@pytest.mark.parametrize("finest", [0, 1])
+def test_training_looks_at_the_middle_of_the_images_where_it_is_told_to(finest: int) -> None:
+    """The loss is that of images which were cut before: what lies outside is nowhere in it."""
     cohort = noise()
-    recipe = Recipe("mirror", "noise", "unsupervised", SMALL, Settings(steps=2, batch=2), themselves=share)
-    task = CohortTask(recipe, cohort)
-    pairs = [task._item(number)[0] for number in range(200)]
-    assert least <= sum(torch.equal(*pair) for pair in pairs) <= most
-    assert {float(moving[0, 0, 0, 0]) for moving, _ in pairs} == {float(cohort.images[i, 0, 0, 0]) for i in (0, 1)}
-
-
-def test_people_meet_themselves_in_the_other_contrast() -> None:
-    """Images 2 and 3 show the people of images 0 and 1 in another contrast."""
-    plain = noise()
-    cohort = replace(
-        plain,
-        people=("a", "b", "a", "b"),
-        splits={"train": (0, 1, 2, 3), "validation": (), "test": ()},
-        twins=(2, 3, 0, 1),
-        given_pairs={"train": ((0, 3), (1, 2))},
+    recipe = Recipe(
+        "middle", "noise", "unsupervised", SMALL, Settings(steps=2, batch=2), middle=(8, 12), coarse_first=(finest,)
     )
-    recipe = Recipe("mirror", "noise", "unsupervised", SMALL, Settings(steps=2, batch=2), themselves=1.0)
-    task = CohortTask(recipe, cohort)
-    for number in range(20):
-        moving, fixed = task._item(number)[0]
-        person = next(i for i in (0, 1) if torch.equal(moving[0], plain.images[i]))
-        assert torch.equal(fixed[0], plain.images[person + 2])
+    net, cut = shaken(SMALL), (..., slice(4, 12), slice(2, 14))
+    small = replace(
+        cohort, images=cohort.images[cut], soi=cohort.soi[cut], labels=cohort.labels[cut], grid=Grid((8, 12))
+    )
+    found = CohortTask(recipe, cohort).loss(net, (0, 1), torch.device("cpu"))
+    expected = CohortTask(replace(recipe, middle=()), small).loss(net, (0, 1), torch.device("cpu"))
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name])
+    whole = CohortTask(replace(recipe, middle=()), cohort).loss(net, (0, 1), torch.device("cpu"))
+    assert not torch.equal(whole["image"], found["image"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"middle": (8,)}, r"A middle of \(8,\) voxels does not lie in a grid of \(16, 16\)"),
+        ({"middle": (8, 20)}, "does not lie in a grid"),
+        ({"middle": (0, 8)}, "does not lie in a grid"),
+        ({"middle": (8, 8), "config": VoxelMorphConfig(Grid((16, 16)))}, "only a GeoReg looks at their middle"),
+    ],
+)
+def test_what_is_no_middle_is_said(changes: dict[str, Any], says: str) -> None:
+    recipe = Recipe("middle", "noise", "unsupervised", SMALL, Settings(steps=2, batch=2))
+    with pytest.raises(ValueError, match=says) as error:
+        CohortTask(replace(recipe, **changes), noise())
+    assert one_sentence(error.value)
 
 
 def test_the_weights_of_the_levels_count() -> None:

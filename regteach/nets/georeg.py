@@ -21,6 +21,7 @@ from level to level exactly, also at the border.
 """
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -37,7 +38,7 @@ from regteach.nets.blocks import as_tuples, check_pair, conv, upsampled, zero_st
 from regteach.ops.neighbourhood import in_slabs, neighbourhood_attention, parent_attention
 from regteach.precision import exactly
 from regteach.result import Result, Step, after_each
-from regteach.sampling import flat_points, grid_points, sample, warp
+from regteach.sampling import flat_points, grid_points, sample, smooth_field, warp
 from regteach.transforms import Dense, Transform
 
 # Of query, rest positions, positions; then window, frequencies and length_mm of the Deformation that asks, by name.
@@ -65,6 +66,10 @@ class GeoRegConfig:
         supervision: "across" levels, or "within": then no gradient passes from a level to the one before it. For
             comparison.
         carry: hand the parents' features h down too, not only their positions.
+        smoothing_vox: standard deviation of a Gaussian that smooths the displacement of every step, in voxels of the
+            step's level; 0, as in the paper, leaves each point to itself. A point inside of one tissue sees nothing
+            that tells it where to go: with it, it goes where the borders round it go, and several iterations are worth
+            their time.
         slab: points computed at a time where gradients are kept: more points than that cost time, not memory.
         checkpointed: recompute the encoder's features in backward: less memory, more time.
     """
@@ -81,6 +86,7 @@ class GeoRegConfig:
     interpolation: str = "learned"
     supervision: str = "across"
     carry: bool = False
+    smoothing_vox: float = 0.0
     slab: int = 2**18
     checkpointed: bool = False
 
@@ -99,6 +105,8 @@ class GeoRegConfig:
             width % 2 or width < 2 for width in self.widths
         ):
             raise ValueError("Windows and iterations are not negative, and widths are even numbers of at least 2.")
+        if not 0 <= self.smoothing_vox < math.inf:
+            raise ValueError(f"A smoothing is a finite number of voxels of 0 or more, not {self.smoothing_vox}.")
         for name, options in (("moves", MOVES), ("interpolation", INTERPOLATIONS), ("supervision", SUPERVISIONS)):
             if getattr(self, name) not in options:
                 raise ValueError(f"{name} is one of {', '.join(options)}, not {getattr(self, name)!r}.")
@@ -258,7 +266,7 @@ class GeoReg(nn.Module):
         points = rest + here.displacement.flatten(1, -2)
         slab = self.config.slab if torch.is_grad_enabled() and self.config.slab < own.shape[1] else 0
         shift, state = in_slabs(partial(module, attend), slab, own, rest, points).tensor_split([here.grid.dim], -1)
-        shift = shift.unflatten(1, here.grid.shape)
+        shift = smooth_field(shift.unflatten(1, here.grid.shape), self.config.smoothing_vox, here.grid)
         state = state.mT.unflatten(2, here.grid.shape)
         return replace(here, displacement=here.displacement + shift, state=state), shift
 

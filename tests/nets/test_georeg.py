@@ -1,11 +1,14 @@
 """GeoReg: the identity at the start, exact inheritance, millimetres, levels that are what they say, and learning."""
 
 import json
+import math
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
 from regteach import objectives
@@ -21,7 +24,8 @@ from regteach.transforms import Dense, displacement
 
 FLAT = GeoRegConfig(Grid((16, 24), (1.0, 2.0)), (4, 8, 8), (0, 3, 3), (2, 3))
 SOLID = GeoRegConfig(Grid((8, 12, 16), (1.0, 1.5, 2.0), (5.0, -3.0, 1.0)), (4, 8), (2, 3), (2,), (1, 2))
-BOTH = pytest.mark.parametrize("config", [FLAT, SOLID], ids=["2d", "3d"])
+SMOOTH = replace(FLAT, smoothing_vox=0.8, iterations=(1, 2, 3))
+EACH = pytest.mark.parametrize("config", [FLAT, SOLID, SMOOTH], ids=["2d", "3d", "smooth"])
 
 
 def net_of(config: GeoRegConfig, moving: bool = False, seed: int = 0) -> GeoReg:
@@ -57,7 +61,7 @@ def test_the_network_of_the_digits_is_as_large_as_the_papers() -> None:
     assert all(p.requires_grad for p in net.parameters())
 
 
-@BOTH
+@EACH
 def test_no_parameter_is_allocated_that_is_never_used(config: GeoRegConfig) -> None:
     net = net_of(config, moving=True)
     loss = objectives.total(objectives.multiscale(net(*images(config), config.grid), config.grid)).sum()
@@ -66,7 +70,7 @@ def test_no_parameter_is_allocated_that_is_never_used(config: GeoRegConfig) -> N
     assert unused == []
 
 
-@BOTH
+@EACH
 def test_the_untrained_network_is_the_identity(config: GeoRegConfig) -> None:
     result = net_of(config)(*images(config), config.grid)
     assert all(bool((t.displacement == 0).all()) for t in after_each(result.steps) if isinstance(t, Dense))
@@ -74,7 +78,7 @@ def test_the_untrained_network_is_the_identity(config: GeoRegConfig) -> None:
     assert result.transform.grid == config.grid
 
 
-@BOTH
+@EACH
 def test_there_is_a_step_for_every_update_coarse_to_fine(config: GeoRegConfig) -> None:
     levels = [step.build(step.parameters).grid for step in net_of(config)(*images(config), config.grid).steps]  # type: ignore[attr-defined]
     expected = []
@@ -84,7 +88,7 @@ def test_there_is_a_step_for_every_update_coarse_to_fine(config: GeoRegConfig) -
     assert levels == expected
 
 
-@BOTH
+@EACH
 def test_features_sit_where_the_pooled_voxels_are(config: GeoRegConfig) -> None:
     """A feature of a constant slope is that slope at its own grid's points."""
     encoder = PyramidEncoder(config.grid.dim, 1, config.widths)
@@ -99,7 +103,7 @@ def test_features_sit_where_the_pooled_voxels_are(config: GeoRegConfig) -> None:
 # ---- from level to level ----
 
 
-@BOTH
+@EACH
 def test_an_affine_motion_is_inherited_exactly_also_at_the_border(config: GeoRegConfig) -> None:
     fine = config.grid
     coarse = fine.coarsened(2)
@@ -118,7 +122,7 @@ def test_an_axis_of_one_voxel_passes_its_motion_on() -> None:
     assert torch.allclose(found[:, 0], found[:, 1])
 
 
-@BOTH
+@EACH
 def test_displacements_add_up(config: GeoRegConfig) -> None:
     """A translation at the coarsest level arrives everywhere, in mm, and the steps below add to it."""
     steps = net_of(config)(*images(config), config.grid).steps
@@ -130,7 +134,7 @@ def test_displacements_add_up(config: GeoRegConfig) -> None:
     assert torch.allclose(displacement(found, config.grid), (shift + 0.25).expand(2, *config.grid.shape, -1), atol=1e-5)
 
 
-@BOTH
+@EACH
 def test_the_result_is_what_its_steps_say(config: GeoRegConfig) -> None:
     net = net_of(config, moving=True)
     result = net(*images(config), config.grid)
@@ -143,7 +147,21 @@ def test_the_result_is_what_its_steps_say(config: GeoRegConfig) -> None:
 # ---- what may not matter, and what must ----
 
 
-@BOTH
+@EACH
+def test_a_smooth_step_is_scipys_gaussian_of_the_rough_one(config: GeoRegConfig) -> None:
+    """Of the first step, which both networks take from rest; the state is each point's own, and stays so."""
+    smoothing, levels = 1.2, len(config.widths)
+    rough = net_of(replace(config, smoothing_vox=0.0), moving=True)
+    smooth = GeoReg(replace(config, smoothing_vox=smoothing))
+    smooth.load_state_dict(rough.state_dict())
+    first, found = (net(*images(config), config.grid, levels - 1).steps[0].parameters for net in (rough, smooth))
+    sigma = (0, *[smoothing] * config.grid.dim, 0)
+    expected = gaussian_filter(first.detach().double().numpy(), sigma, mode="nearest")
+    assert float(first.detach().abs().max()) > 0.01
+    np.testing.assert_allclose(found.detach(), expected, atol=1e-6)
+
+
+@EACH
 def test_pairs_of_a_batch_do_not_mix(config: GeoRegConfig) -> None:
     net, (moving, fixed) = net_of(config, moving=True), images(config)
     both = displacement(net(moving, fixed, config.grid).transform, config.grid)
@@ -151,7 +169,7 @@ def test_pairs_of_a_batch_do_not_mix(config: GeoRegConfig) -> None:
     assert torch.allclose(both[1:], alone, atol=1e-5)
 
 
-@BOTH
+@EACH
 def test_slabs_and_checkpoints_change_nothing(config: GeoRegConfig) -> None:
     def gradient(**changes: object) -> Tensor:
         net = net_of(replace(config, **changes), moving=True)  # type: ignore[arg-type]
@@ -165,7 +183,7 @@ def test_slabs_and_checkpoints_change_nothing(config: GeoRegConfig) -> None:
         assert torch.allclose(changed, whole, atol=1e-5 * float(whole.abs().max()))
 
 
-@BOTH
+@EACH
 def test_moving_the_world_moves_nothing(config: GeoRegConfig) -> None:
     net = net_of(config, moving=True)
     there = Grid(config.grid.shape, config.grid.spacing, tuple(o + 100.0 for o in config.grid.origin))
@@ -208,7 +226,7 @@ def test_gradients_cross_levels_only_across(supervision: str, reaches: bool) -> 
     assert (coarsest is not None and bool(coarsest.abs().sum() > 0)) is reaches
 
 
-@BOTH
+@EACH
 def test_stopping_at_a_level_is_the_beginning_of_the_whole(config: GeoRegConfig) -> None:
     net = net_of(config, moving=True)
     whole = net(*images(config), config.grid).steps
@@ -285,7 +303,7 @@ def test_a_checkpoint_gives_the_same_network_back(tmp_path: Path) -> None:
     assert torch.allclose(a, b, atol=1e-5)
 
 
-@BOTH
+@EACH
 def test_the_configuration_survives_json(config: GeoRegConfig) -> None:
     assert GeoRegConfig.from_dict(json.loads(json.dumps(asdict(config)))) == config
 
@@ -301,6 +319,8 @@ def test_the_configuration_survives_json(config: GeoRegConfig) -> None:
         ({"windows": (-1, 3, 3)}, "not negative"),
         ({"moves": "voxels"}, "moves is one of points, features"),
         ({"encoders": 3}, "1 encoder or 2"),
+        ({"smoothing_vox": -1.0}, "finite number of voxels of 0 or more, not -1.0"),
+        ({"smoothing_vox": math.nan}, "finite number of voxels of 0 or more, not nan"),
         ({"grid": Grid((18, 24))}, r"\(20, 24\) would"),
     ],
 )
