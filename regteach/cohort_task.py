@@ -19,9 +19,8 @@ from regteach.nets.blocks import fast_layout
 from regteach.nets.georeg import GeoRegConfig
 from regteach.nets.istn import ISTNConfig
 from regteach.recipes import Recipe
-from regteach.refinement import search
 from regteach.sampling import warp
-from regteach.transforms import Identity, displacement
+from regteach.transforms import Identity
 
 FIRST = 3  # test pairs that a card names one by one
 
@@ -52,8 +51,6 @@ class CohortTask:
             raise ValueError(f"{self.recipe.name} learns from the images alone: unsupervised, and coarsen is 1.")
         if self.recipe.imitate and not (isinstance(config, GeoRegConfig) and config.encoders == 2 and cohort.twins):
             raise ValueError(f"{self.recipe.name} has no second encoder, or {cohort.name} no twins, to imitate by.")
-        if self.recipe.teacher and (isinstance(config, ISTNConfig) or self.recipe.teacher.mode != "greedy"):
-            raise ValueError(f"{self.recipe.name} can not be taught: networks of images are, by a greedy search.")
         if self.recipe.coarse_first and not isinstance(config, GeoRegConfig):
             raise ValueError(f"{self.recipe.name} has no levels that could join late: only those of a GeoReg can.")
         if self.recipe.middle and not isinstance(config, GeoRegConfig):
@@ -85,7 +82,7 @@ class CohortTask:
     def loss(self, model: nn.Module, items: Sequence[int], device: torch.device) -> dict[str, Tensor]:
         """The variant's terms on random training pairs."""
         drawn = [self._item(number) for number in items]
-        (moving, fixed), (soi_moving, soi_fixed), (shown_moving, shown_fixed) = (
+        (moving, fixed), (soi_moving, soi_fixed), (_, shown_fixed) = (
             [torch.cat([item[kind][side] for item in drawn]).to(device) for side in (0, 1)] for kind in (0, 1, 2)
         )
         grid = self.grid
@@ -102,9 +99,6 @@ class CohortTask:
                     pattern = bare.encoders[0](shown_fixed)
                 assert result.pyramids is not None  # a GeoReg in training
                 terms = objectives.alike(result.pyramids[1], pattern)
-            elif recipe.teacher:
-                found = search(shown_moving, shown_fixed, grid, recipe.teacher).result.transform
-                terms = objectives.taught(result, displacement(found, grid), grid, recipe.weights)
             else:
                 terms = objectives.multiscale(
                     result, grid, recipe.config.similarity, recipe.bending, recipe.weights, across=across
@@ -198,7 +192,7 @@ class CohortTask:
         image, soi = cohort.images[[index]], cohort.soi[[index]]
         before = generator.get_state()
         seen, maps = augmented(image, soi, cohort.grid, changes, generator, tissue, cohort.synthesis)
-        if not (self.recipe.teacher or self.recipe.imitate):
+        if not self.recipe.imitate:
             return seen, maps, seen
         again = torch.Generator()
         again.set_state(before)

@@ -34,7 +34,6 @@ from regteach.transforms import Dense, FreeForm, Transform, Velocity, displaceme
 
 Terms = dict[str, Float[Tensor, "b"]]
 LEVELS = 4  # of the pyramid
-VOID = 0.05  # weight of a voxel in which the fixed image is empty, against 1
 EMPTY = 1e-4  # mean square below which a map counts as empty: its error is not blown up any further
 
 
@@ -204,39 +203,6 @@ def multiscale(
     # Not as a product of matrices, which mixed precision would round.
     terms = {"image": (torch.stack(errors, -1) * shares).sum(-1)}
     return terms | ({"bending": bending * (torch.stack(energies, -1) * shares).sum(-1)} if bending else {})
-
-
-def taught(
-    result: Result, motion: Float[Tensor, "b *grid d"], grid: Grid, weights: Sequence[float] = (), softness: float = 0.1
-) -> Terms:
-    """How far each point of the fixed image lies from where a teacher takes it, mm, in the mean over all outputs.
-
-        L = sum_l w_l  mean_x m(x) sqrt(|u_l(x) - t_l(x)|^2 + s^2) / mean_x m(x)
-
-    with t_l the teacher's displacement averaged down to the grid of an output, and m how much of a voxel the fixed
-    image fills (:data:`VOID` where it is empty: there a teacher that looks at images only guesses).
-
-    Args:
-        result: of a network whose features are the images; see :func:`multiscale`.
-        motion: t, the teacher's displacement, mm; a constant.
-        grid: of the images.
-        weights: w of each level, finest first; 1 each where left out.
-        softness: s, mm: below it the distance counts squared.
-    """
-    filled = (result.features[1].amax(1, keepdim=True) > 0).to(motion).clamp_min(VOID)
-    target = torch.cat([motion.movedim(-1, 1), filled], 1).detach()
-    distances, given = [], []
-    for found in after_each(result.steps):
-        own = found.grid if isinstance(found, Dense) else grid
-        level = (grid.shape[0] // own.shape[0]).bit_length() - 1
-        here = averaged(target, 2**level)
-        apart = displacement(found, own).movedim(-1, 1) - here[:, :-1]
-        distance = (apart.square().sum(1) + softness**2).sqrt()
-        weight = here[:, -1]
-        distances.append((distance * weight).flatten(1).sum(1) / weight.flatten(1).sum(1))
-        given.append(float(weights[level]) if weights else 1.0)
-    shares = torch.tensor(given).to(distances[0]) / sum(given)
-    return {"taught": (torch.stack(distances, -1) * shares).sum(-1)}
 
 
 def alike(

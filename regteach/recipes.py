@@ -36,9 +36,6 @@ class Recipe:
         weights: of each level of a network that is judged at every level, finest first; equal where left out. Cortex
             that has been blurred to 16 mm says little of what lies below it: brains are judged by their fine levels.
         coarse_first: the finest levels of a GeoReg join late, one after each of these numbers of steps: cheaper.
-        teacher: a search on each training pair, from nothing and without a network, whose answer the network is taught
-            (:func:`regteach.objectives.taught`) in the place of comparing the images itself. The teacher sees both
-            people in one contrast, where a cohort has twins, and without the noise that the network sees.
         imitate: the second of two encoders learns to see in its contrast what the first sees in that of the twin;
             nothing else is trained (:func:`regteach.objectives.alike`).
         middle: voxels an axis of the middle of the images, to which training looks; all where left out. Cheaper, where
@@ -57,7 +54,6 @@ class Recipe:
     bending: float = 0.0
     weights: tuple[float, ...] = ()
     coarse_first: tuple[int, ...] = ()
-    teacher: Refinement | None = None
     imitate: bool = False
     middle: tuple[int, ...] = ()
     coarsen: int = 1
@@ -239,21 +235,6 @@ def _georeg() -> list[Recipe]:
             refinement=search,
         ),
         people,
-        # The same network, told where a search would go; not trained to its end yet, and no weights of it ship.
-        replace(
-            people,
-            name="georeg-hippocampus-taught",
-            data="hippocampus",
-            config=replace(brain, grid=HIPPOCAMPUS),
-            settings=replace(FAST, steps=2500, batch=4),
-            augmentation=Augmentation(2.0, 8.0, 1.08, 0.04, 1.5, 16.0, gamma=0.3, noise=0.02),
-            bending=0.0,
-            weights=(),
-            coarse_first=(2300, 1600),
-            teacher=Refinement(1, "greedy", 1.0, coarser=(30, 20), window_vox=5),
-            refinement=search,
-            start="georeg-hippocampus",
-        ),
         replace(
             people,
             name="georeg-brains-t1t2",

@@ -16,11 +16,9 @@ from regteach.grid import Grid
 from regteach.nets.georeg import GeoReg, GeoRegConfig
 from regteach.nets.voxelmorph import VoxelMorphConfig
 from regteach.recipes import Recipe, find_recipe
-from regteach.refinement import Refinement, search
 from regteach.sampling import warp
 from regteach.similarity import ncc
 from regteach.training import Settings
-from regteach.transforms import displacement
 
 SMALL = GeoRegConfig(Grid((16, 16)), (4, 8, 8), (0, 3, 3), (3, 3))
 
@@ -144,91 +142,6 @@ def test_the_weights_of_the_levels_count() -> None:
     torch.testing.assert_close(terms["image"], finest)
 
 
-# ---- taught by a search ----
-
-TAUGHT = replace(SMALL, similarity="local_ncc")
-TEACHER = Refinement(2, "greedy", rate=0.5, coarser=(3, 3), window_vox=5)
-
-
-@pytest.mark.parametrize("finest", [0, 1])
-def test_to_be_taught_is_to_be_told_how_far_each_point_lies_from_where_it_belongs(finest: int) -> None:
-    """Every output is off by the same shift, so every level says its length; what nobody moved says the teacher's."""
-    torch.manual_seed(0)
-    grid, net = Grid((16, 16), (1.0, 1.5)), network(SMALL).eval()  # untrained: the identity
-    moving, fixed = torch.rand(2, 3, 1, 16, 16)
-    shift = torch.tensor([3.0, -4.0]).expand(3, 16, 16, 2)
-    terms = objectives.taught(net(moving, fixed, grid, finest), shift, grid, softness=0.0)
-    torch.testing.assert_close(terms["taught"], torch.full((3,), 5.0))
-    softer = objectives.taught(net(moving, fixed, grid, finest), shift, grid, softness=12.0)
-    torch.testing.assert_close(softer["taught"], torch.full((3,), 13.0))
-
-
-def test_what_is_taught_is_weighed_by_level_and_by_what_the_fixed_image_shows() -> None:
-    torch.manual_seed(0)
-    grid, net = Grid((16, 16)), shaken(SMALL)
-    moving, fixed = torch.rand(2, 1, 1, 16, 16)
-    fixed[..., :8, :] = 0
-    result = net(moving, fixed, grid)
-    motion = torch.randn(1, 16, 16, 2)
-    apart = (result.transform.displacement - motion).norm(dim=-1)
-    mask = torch.where(torch.arange(16)[:, None] < 8, objectives.VOID, 1.0).expand(1, 16, 16)
-    found = objectives.taught(result, motion, grid, (1.0, 0.0, 0.0), softness=0.0)["taught"]
-    torch.testing.assert_close(found, (apart * mask).sum((1, 2)) / mask.sum((1, 2)))
-    assert (found - apart.mean()).abs() > 1e-3
-
-
-def test_who_is_taught_learns_what_the_teacher_finds() -> None:
-    """The loss is the distance to the search on these very images, and its gradient is the network's alone."""
-    cohort = noise()
-    recipe = Recipe("taught", "noise", "unsupervised", TAUGHT, Settings(steps=2, batch=2), teacher=TEACHER)
-    task, net = CohortTask(recipe, cohort), shaken(TAUGHT)
-    terms = task.loss(net, (0, 1), torch.device("cpu"))
-    items = [task._item(number) for number in (0, 1)]
-    moving, fixed = (torch.cat([item[0][side] for item in items]) for side in (0, 1))
-    motion = displacement(search(moving, fixed, cohort.grid, TEACHER).result.transform, cohort.grid)
-    assert motion.abs().max() > 0.3
-    expected = objectives.taught(net(moving, fixed, cohort.grid), motion, cohort.grid)["taught"]
-    assert set(terms) == {"taught"}
-    torch.testing.assert_close(terms["taught"], expected)
-    terms["taught"].sum().backward()
-    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in net.parameters())
-
-
-def test_the_teacher_sees_the_fixed_person_in_the_contrast_of_the_moving_one_moved_alike_and_without_noise() -> None:
-    plain = noise()
-    cohort = replace(
-        plain,
-        people=("a", "b", "a", "b"),
-        splits={"train": (0, 1, 2, 3), "validation": (), "test": ()},
-        twins=(2, 3, 0, 1),
-        given_pairs={"train": ((0, 3), (1, 2))},
-    )
-    changes = Augmentation(shift_mm=3.0, rotation_deg=20.0, gamma=0.5, noise=0.2)
-    settings = Settings(steps=2, batch=2)
-    recipe = Recipe("taught", "noise", "unsupervised", TAUGHT, settings, changes, teacher=TEACHER)
-    noisy = CohortTask(recipe, cohort)
-    quiet = CohortTask(replace(recipe, augmentation=replace(changes, gamma=0.0, noise=0.0)), cohort)
-    # The same anatomy in both contrasts: what the teacher is shown of a quiet scanner is what the network sees.
-    alike = replace(cohort, images=plain.images[[0, 1, 0, 1]])
-    same = CohortTask(replace(quiet.recipe), alike)
-    for number in range(6):
-        seen, _, shown = noisy._item(number)
-        _, _, clean = quiet._item(number)
-        assert torch.equal(shown[0], clean[0])  # the first that is drawn: noise takes random numbers, too
-        assert not torch.equal(seen[0], shown[0])
-        seen, _, shown = same._item(number)
-        assert all(torch.equal(a, b) for a, b in zip(seen, shown, strict=True))
-        assert torch.equal(shown[1], clean[1])
-
-
-@pytest.mark.parametrize("change", [{"teacher": Refinement(2)}, {"config": find_recipe("istn-slices").config}])
-def test_who_can_not_be_taught_is_said(change: dict[str, Any]) -> None:
-    recipe = Recipe("taught", "noise", "unsupervised", TAUGHT, Settings(steps=2, batch=2), teacher=TEACHER)
-    with pytest.raises(ValueError, match="can not be taught") as error:
-        CohortTask(replace(recipe, **change), noise())
-    assert one_sentence(error.value)
-
-
 # ---- an encoder that imitates another ----
 
 TWO = replace(SMALL, encoders=2)
@@ -255,6 +168,33 @@ def test_features_that_are_alike_cost_nothing_and_none_at_all_cost_two() -> None
     # Of a batch whose second level alone is off by a tenth of itself, half of a hundredth.
     off = [shown[0], 1.1 * shown[1]]
     torch.testing.assert_close(objectives.alike(off, shown)["features"], torch.full((3,), 0.005), rtol=1e-4, atol=0)
+
+
+def test_what_is_imitated_is_the_person_in_the_contrast_of_the_moving_one_moved_alike_and_without_noise() -> None:
+    plain = noise()
+    cohort = replace(
+        plain,
+        people=("a", "b", "a", "b"),
+        splits={"train": (0, 1, 2, 3), "validation": (), "test": ()},
+        twins=(2, 3, 0, 1),
+        given_pairs={"train": ((0, 3), (1, 2))},
+    )
+    changes = Augmentation(shift_mm=3.0, rotation_deg=20.0, gamma=0.5, noise=0.2)
+    settings = Settings(steps=2, batch=2)
+    recipe = Recipe("imitator", "noise", "unsupervised", TWO, settings, changes, imitate=True)
+    noisy = CohortTask(recipe, cohort)
+    quiet = CohortTask(replace(recipe, augmentation=replace(changes, gamma=0.0, noise=0.0)), cohort)
+    # The same anatomy in both contrasts: the pattern of a quiet scanner is what the network sees.
+    alike = replace(cohort, images=plain.images[[0, 1, 0, 1]])
+    same = CohortTask(replace(quiet.recipe), alike)
+    for number in range(6):
+        seen, _, shown = noisy._item(number)
+        _, _, clean = quiet._item(number)
+        assert torch.equal(shown[0], clean[0])  # the first that is drawn: noise takes random numbers, too
+        assert not torch.equal(seen[0], shown[0])
+        seen, _, shown = same._item(number)
+        assert all(torch.equal(a, b) for a, b in zip(seen, shown, strict=True))
+        assert torch.equal(shown[1], clean[1])
 
 
 def test_only_the_second_encoder_is_trained_and_it_comes_to_see_what_the_first_sees() -> None:
