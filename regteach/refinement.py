@@ -22,7 +22,7 @@ ones soon fold; smooth ones that are composed do so later.
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
@@ -253,28 +253,36 @@ def _refine_parameters(
 ) -> Refined:
     """Adam works number by number, so pairs in one batch do not feel each other."""
     turned = [step.parameters.detach().clone().requires_grad_() for step in steps]
-    optimiser = torch.optim.Adam(turned, lr=settings.rate)
     compared, coarse = _compared(features, grid, settings)
     focus = _focus(assemble(steps), compared, coarse, settings)
 
-    def now() -> tuple[Tensor, list[Tensor]]:
+    def now(count: int) -> tuple[Tensor, tuple[Step, ...]]:
         current = tuple(replace(step, parameters=z) for z, step in zip(turned, steps, strict=True))
         transform = assemble(current)
         if watch is not None:
-            watch(len(keeper.curve), transform)
-        return _loss(current, transform, compared, coarse, settings, loss, focus), [z.detach() for z in turned]
+            watch(count, transform)
+        return _loss(current, transform, compared, coarse, settings, loss, focus), current
 
+    return _by_adam(turned, now, features, settings)
+
+
+def _by_adam(
+    turned: Iterable[Tensor],
+    now: Callable[[int], tuple[Tensor, tuple[Step, ...]]],
+    features: tuple[Tensor, Tensor],
+    settings: Refinement,
+) -> Refined:
+    """Turn numbers until the loss is low: ``now``, of the count of turns, says how low it is, and by which steps."""
+    optimiser = torch.optim.Adam(turned, lr=settings.rate)
     keeper = _Keeper(settings)
     with torch.enable_grad():
-        for _ in range(settings.steps):
-            losses, parameters = now()
-            if keeper.note(losses, parameters):
+        for count in range(settings.steps + 1):
+            losses, steps = now(count)
+            if keeper.note(losses, [step.parameters.detach() for step in steps]) or count == settings.steps:
                 break
             optimiser.zero_grad()
             losses.sum().backward()
             optimiser.step()
-        else:
-            keeper.note(*now())
     return keeper.refined(steps, features)
 
 
@@ -363,31 +371,17 @@ def _refine_weights(
 ) -> Refined:
     """One pair, on a copy of the network. The ITN takes no part: its maps are given."""
     model: Any = copy.deepcopy(given)
-    optimiser = torch.optim.Adam(model.requires_grad_(True).parameters(), lr=settings.rate)
-    keeper = _Keeper(settings)
     compared, coarse = _compared(features, grid, settings)
     with torch.no_grad():
         focus = _focus(model.align(*features, grid).transform, compared, coarse, settings)
 
-    def now() -> tuple[Tensor, list[Tensor], tuple[Step, ...]]:
+    def now(count: int) -> tuple[Tensor, tuple[Step, ...]]:
         result = model.align(*features, grid)
         if watch is not None:
-            watch(len(keeper.curve), result.transform)
-        losses = _loss(result.steps, result.transform, compared, coarse, settings, loss, focus)
-        return losses, [step.parameters.detach() for step in result.steps], result.steps
+            watch(count, result.transform)
+        return _loss(result.steps, result.transform, compared, coarse, settings, loss, focus), result.steps
 
-    with torch.enable_grad():
-        for _ in range(settings.steps):
-            losses, parameters, steps = now()
-            if keeper.note(losses, parameters):
-                break
-            optimiser.zero_grad()
-            losses.sum().backward()
-            optimiser.step()
-        else:
-            losses, parameters, steps = now()
-            keeper.note(losses, parameters)
-    return keeper.refined(steps, features)
+    return _by_adam(model.requires_grad_(True).parameters(), now, features, settings)
 
 
 def _compared(features: tuple[Tensor, Tensor], grid: Grid, settings: Refinement) -> tuple[tuple[Tensor, Tensor], Grid]:
