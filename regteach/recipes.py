@@ -225,13 +225,17 @@ def _georeg() -> list[Recipe]:
             people,
             name="georeg-hippocampus",
             data="hippocampus",
-            config=replace(brain, grid=HIPPOCAMPUS),
-            settings=replace(FAST, steps=700, batch=2, validate_every=50),
-            augmentation=Augmentation(2.0, 8.0, 1.08, 0.04, 1.5, 16.0, gamma=0.3, noise=0.02),
-            bending=1.0,
-            weights=(),
-            coarse_first=(),
-            start="",
+            # Steps that are smoothed, and several of them, at the levels that see anatomy: one rough step at each
+            # brought validation people to a Dice of 0.67, the same weights with four smooth ones to 0.68.
+            config=replace(brain, grid=HIPPOCAMPUS, iterations=(0, 4, 4, 2), smoothing_vox=1.0),
+            # A second run: it goes on from the weights of a first one, of rough steps, of 700 steps of two pairs.
+            settings=replace(FAST, steps=1400, batch=4),
+            augmentation=Augmentation(1.0, 4.0, 1.04, 0.02, gamma=0.3, noise=0.02),
+            bending=3.0,
+            weights=(1.0, 1.0, 0.5, 0.1),
+            coarse_first=(1400,),  # the finest level only interpolates: it has nothing to learn
+            middle=(40, 56, 40),
+            start="georeg-hippocampus",
             refinement=search,
         ),
         people,
