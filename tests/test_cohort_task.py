@@ -210,7 +210,7 @@ def test_only_the_second_encoder_is_trained_and_it_comes_to_see_what_the_first_s
         terms["features"].mean().backward()
         assert all(p.grad is not None for p in net.parameters())
         optimiser.step()
-        values.append(float(terms["features"].mean()))
+        values.append(float(terms["features"].detach().mean()))
     changed = {name.split(".")[1] for name, p in net.state_dict().items() if not torch.equal(p, before[name])}
     assert {name for name in before if not torch.equal(before[name], net.state_dict()[name])} == {
         name for name in before if name.startswith("encoders.1.")
