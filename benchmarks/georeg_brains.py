@@ -52,7 +52,7 @@ from regteach.grid import Grid
 from regteach.nets.georeg import GeoRegConfig
 from regteach.nets.istn import count_parameters
 from regteach.recipes import Recipe
-from regteach.refinement import Refinement, refine, search
+from regteach.refinement import refine, search
 from regteach.sampling import warp
 from regteach.transforms import Identity, Transform, displacement, jacobian_determinant
 
@@ -71,8 +71,8 @@ BRAIN_CONTROL_MM = 12.0
 # Weight of the bending energy of those, mm^2.
 BENDING = {"retina": 1e-4}
 OTHER_BENDING = 3.0
-# The search of a model that refines in another way than by one.
-SEARCH = Refinement(20, "greedy", 1.0, coarser=(50, 50), smoothing_vox=(1.732, 0.5), window_vox=5)
+# The search beside a model that refines in another way: that of the hippocampus.
+SEARCH = networks.find_recipe("georeg-hippocampus").refinement
 
 # What other tools reach, measured elsewhere, on pairs of other people: Dice, and SDlogJ where it is known.
 ELSEWHERE: dict[str, dict[str, tuple[float, float | None]]] = {

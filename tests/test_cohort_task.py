@@ -160,7 +160,7 @@ def in_two_contrasts() -> Cohort:
     )
 
 
-def test_features_that_are_alike_cost_nothing_and_none_at_all_cost_two() -> None:
+def test_features_that_are_alike_cost_nothing_and_none_at_all_cost_one() -> None:
     torch.manual_seed(0)
     shown = [torch.rand(3, 4, 16, 16), torch.rand(3, 8, 8, 8)]
     torch.testing.assert_close(objectives.alike(shown, shown)["features"], torch.zeros(3))

@@ -67,10 +67,9 @@ class GeoRegConfig:
         supervision: "across" levels, or "within": then no gradient passes from a level to the one before it. For
             comparison.
         carry: hand the parents' features h down too, not only their positions.
-        smoothing_vox: standard deviation of a Gaussian that smooths the displacement of every step, in voxels of the
-            step's level; 0, as in the paper, leaves each point to itself. A point inside of one tissue sees nothing
-            that tells it where to go: with it, it goes where the borders round it go, and several iterations are worth
-            their time.
+        smoothing_vox: standard deviation of a Gaussian that smooths the displacement of a step, voxels of its level; 0,
+            as in the paper, leaves each point to itself. Smoothed, a point inside of one tissue, where nothing tells it
+            where to go, goes with the borders round it.
         slab: points computed at a time where gradients are kept: more points than that cost time, not memory.
         checkpointed: recompute the encoder's features in backward: less memory, more time.
     """
