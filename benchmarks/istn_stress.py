@@ -369,8 +369,10 @@ def hippocampus(options: Options) -> list[Record]:
     for name, change in changes.UNLIKE.items():
         edited = partial(_unlike, cohort, change)
         measured(name, lambda i, moving, edited=edited: (edited(i), cohort.labels[i]))  # type: ignore[misc]
-    for mode in (short, replace(BY_WEIGHTS, bending=short.bending, coarsen=short.coarsen, focus_mm=short.focus_mm)):
-        settings = replace(mode, steps=options.long if mode is short else min(options.long, 100))
+    by_parameters = Refinement(rate=0.15, sharpen=16.0, focus_mm=2.0, coarsen=2)
+    by_weights = replace(BY_WEIGHTS, focus_mm=2.0, coarsen=2)
+    for mode, steps in ((by_parameters, options.long), (by_weights, min(options.long, 100))):
+        settings = replace(mode, steps=steps)
         parts = []
         for m, f in chosen[: options.followed[1]]:
             images = cohort.images[[m]].to(device), cohort.images[[f]].to(device)

@@ -44,7 +44,8 @@ def descend(
     """
     spacing = slope.new_tensor(grid.spacing)
     update = -smooth_field(slope, smoothing_vox[0], grid)
-    furthest = (update / spacing).norm(dim=-1).flatten(1).amax(1).clamp_min(torch.finfo(slope.dtype).tiny)
+    # Much faster than torch.norm along an axis of two or three.
+    furthest = (update / spacing).square().sum(-1).flatten(1).amax(1).sqrt().clamp_min(torch.finfo(slope.dtype).tiny)
     update = update * (rate_vox / furthest).reshape(-1, *[1] * (grid.dim + 1))
     there = (grid_points(grid, update.device)[None] + update).flatten(1, -2)
     composed = Dense(displacement, grid)(there).unflatten(1, grid.shape) - grid_points(grid, update.device)

@@ -284,7 +284,12 @@ class Focus:
 
 
 def focus_on(
-    features: tuple[Tensor, Tensor], transform: Transform, grid: Grid, margin_mm: float, shown: float = 0.25
+    features: tuple[Tensor, Tensor],
+    transform: Transform,
+    grid: Grid,
+    margin_mm: float,
+    levels: int = LEVELS,
+    shown: float = 0.25,
 ) -> Focus:
     """A box around what the maps show, in the fixed map and in the moving map as it lies now, and a margin.
 
@@ -296,6 +301,7 @@ def focus_on(
         transform: where the search starts.
         grid: of the maps.
         margin_mm: how far around.
+        levels: of the pyramid by which the maps are compared.
         shown: part of a map's largest value above which it shows something.
     """
     maps = torch.stack([features[1], warp(features[0], transform, grid)]).abs().amax((0, 2))  # b *grid
@@ -303,16 +309,16 @@ def focus_on(
     boxes = torch.zeros_like(seen)
     for pair, box in zip(seen, boxes, strict=True):
         margins = [math.ceil(margin_mm / spacing) for spacing in grid.spacing]
-        box[tuple(_edges(pair, axis, margin) for axis, margin in enumerate(margins))] = True
+        box[tuple(_edges(pair, axis, margin, levels) for axis, margin in enumerate(margins))] = True
     every = boxes.any(0).nonzero()
     low, high = every.amin(0).tolist(), (every.amax(0) + 1).tolist()
     voxels = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
     return Focus(voxels, grid.cropped(low, high), boxes[(slice(None), *voxels)][:, None].to(features[0].dtype))
 
 
-def _edges(seen: Tensor, axis: int, margin: int) -> slice:
+def _edges(seen: Tensor, axis: int, margin: int, levels: int) -> slice:
     """From the first to the last voxel seen along an axis, widened to whole cubes, two at least."""
-    n, cube = seen.shape[axis], 2 ** (LEVELS - 1)
+    n, cube = seen.shape[axis], 2 ** (levels - 1)
     where = seen.movedim(axis, 0).flatten(1).any(1).nonzero()[:, 0]
     first, last = (int(where[0]), int(where[-1])) if len(where) else (0, n - 1)
     start, stop = max(0, first - margin) // cube * cube, min(n, -(-(last + 1 + margin) // cube) * cube)
@@ -323,7 +329,11 @@ def _edges(seen: Tensor, axis: int, margin: int) -> slice:
 
 
 def refinement(
-    features: tuple[Tensor, Tensor], transform: Transform, grid: Grid, focus: Focus | None = None
+    features: tuple[Tensor, Tensor],
+    transform: Transform,
+    grid: Grid,
+    focus: Focus | None = None,
+    levels: int = LEVELS,
 ) -> Float[Tensor, "b"]:
     """L_r = d(M' o T, F'), the loss at test time: no labels, no structures, the network's own maps alone.
 
@@ -334,12 +344,13 @@ def refinement(
         transform: fixed to moving.
         grid: of the maps.
         focus: look at this part of the fixed grid only.
+        levels: of the pyramid, at most.
     """
     moving, fixed = features
     warped = warp(moving, transform, grid, focus.grid if focus else grid)
     if focus:
         warped, fixed = warped * focus.mask, fixed[(slice(None), slice(None), *focus.voxels)] * focus.mask
-    levels = len(_pyramid(fixed, LEVELS))
+    levels = len(_pyramid(fixed, levels))
     whole = zip(_pyramid(moving, levels), _pyramid(features[1], levels), strict=True)
     return pyramid_mse(warped, fixed, levels, [scale_of(m, f) for m, f in whole])
 
@@ -361,10 +372,12 @@ def image_refinement(
     return compare(warp(moving, transform, grid, focus.grid if focus else grid), fixed, mask=mask)
 
 
-def at_test_time(model: Any, window_vox: int = 9) -> Callable[..., Float[Tensor, "b"]]:
-    """The loss that refinement descends for a model: its images by their similarity, or its maps."""
+def at_test_time(model: Any, window_vox: int = 9, levels: int = LEVELS) -> Callable[..., Float[Tensor, "b"]]:
+    """The loss that refinement descends for a model: its images by their similarity, or its maps by their pyramid."""
     similarity = getattr(getattr(model, "config", None), "similarity", None)
-    return partial(image_refinement, similarity=similarity, window_vox=window_vox) if similarity else refinement
+    if similarity:
+        return partial(image_refinement, similarity=similarity, window_vox=window_vox)
+    return partial(refinement, levels=levels)
 
 
 def regulariser(steps: tuple[Step, ...], grid: Grid, bending: float) -> Terms:

@@ -147,7 +147,11 @@ def _shipped() -> list[Recipe]:
             Augmentation(3.0, 10.0, 1.1, 0.05, 2.0, 16.0, gamma=0.4, bias=0.2, noise=0.05, blur_mm=0.5),
             bending=5.0,
             coarsen=2,
-            refinement=Refinement(50, rate=0.15, sharpen=16.0, focus_mm=2.0, coarsen=2),
+            # Of one time, 50 steps of Adam on the parameters, at 2 mm, come to a Dice of 0.843 on validation people, these
+            # to 0.858: voxels move more freely than control points, and the last steps see all of the maps.
+            refinement=Refinement(
+                10, "greedy", 0.5, sharpen=16.0, focus_mm=3.0, pyramid=1, coarser=(5, 8), smoothing_vox=(0.7, 0.0)
+            ),
             start="istn-hippocampus",
         ),
         Recipe(

@@ -22,7 +22,7 @@ ones soon fold; smooth ones that are composed do so later.
 
 import copy
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
@@ -65,9 +65,11 @@ class Refinement:
             as they are. What counts is on which side of a half a voxel lies, and so where the border runs: without it,
             the alignment also trades borders for places where the network was more or less sure of the inside.
         focus_mm: look only this far around what the maps show; 0 looks everywhere. Faster, and the same where the maps
-            are empty elsewhere.
+            are empty elsewhere. Greedy steps move nothing outside of it.
         coarsen: compare the maps averaged over cubes of this many voxels: eight times as fast in 3D for 2, and blind to
             what is finer.
+        pyramid: how many resolutions of the maps are compared at once, each half as fine as the one before. A greedy
+            search that begins coarsely has seen the coarse ones: 1 is enough for it, and lets it look at what is fine.
         coarser: greedy steps before the others, on images averaged over cubes of 2 voxels (the last of these numbers),
             of 4 (the one before it), and so on: cheap, and far-sighted.
         smoothing_vox: standard deviations of the Gaussians that smooth each greedy step, and all of the displacement.
@@ -84,6 +86,7 @@ class Refinement:
     sharpen: float = 0.0
     focus_mm: float = 0.0
     coarsen: int = 1
+    pyramid: int = objectives.LEVELS
     coarser: tuple[int, ...] = ()
     smoothing_vox: tuple[float, float] = (1.732, 0.7071)
     window_vox: int = 9
@@ -101,6 +104,8 @@ class Refinement:
             raise ValueError(f"Steps on coarser images are for greedy refinement, not for that of {self.mode}.")
         if min(self.coarser, default=1) < 1 or min(self.smoothing_vox) < 0:
             raise ValueError("Coarser levels take 1 step or more each, and a smoothing is 0 or more.")
+        if self.pyramid < 1:
+            raise ValueError(f"Maps are compared at 1 resolution or more, not {self.pyramid}.")
         if self.steps < 0:
             raise ValueError(f"A refinement has 0 steps or more, not {self.steps}.")
 
@@ -143,19 +148,19 @@ def refine(
             refinement itself never sees.
 
     Raises:
-        ValueError: if weights are watched for several pairs at once, or images are wanted that the result lacks.
+        ValueError: if images are wanted that the result lacks, or several pairs are watched at once of which each is
+            refined alone: by weights, or greedily with a focus.
     """
     settings = settings or Refinement()
-    loss = loss or objectives.at_test_time(model, settings.window_vox)
+    loss = loss or objectives.at_test_time(model, settings.window_vox, settings.pyramid)
     features = (result.features[0].detach(), result.features[1].detach())
     # Outside of mixed precision, whoever calls: coordinates need all the digits of float32.
     with torch.autocast(features[0].device.type, enabled=False):
         if settings.mode == "weights":
-            if watch is not None and len(features[0]) > 1:
-                raise ValueError("Weights are refined pair by pair: watch one pair at a time.")
-            found = _refine_each_pairs_weights(model, result, grid, settings, loss, watch)
+            found = _refine_weights(model, features, result.images, grid, settings, loss, watch)
         elif settings.mode == "greedy":
-            found = _refine_greedily(result, features, grid, settings, loss, watch)
+            start = displacement(result.transform, grid).detach()
+            found = _refine_greedily(start, features, result.images, grid, settings, loss, watch)
         else:
             steps = result.steps if settings.mode == "parameters" else corrections(result.transform, grid)
             both = _with_images(loss, result.images, settings)
@@ -183,10 +188,10 @@ def search(
     """
     if settings.mode != "greedy":
         raise ValueError(f"A search without a network is greedy: there are no {settings.mode} to turn.")
-    nothing = Result(Dense(moving.new_zeros(len(moving), *grid.shape, grid.dim), grid), (moving, fixed), ())
     loss = partial(objectives.image_refinement, similarity=similarity, window_vox=settings.window_vox)
+    start = moving.new_zeros(len(moving), *grid.shape, grid.dim)
     with torch.autocast(moving.device.type, enabled=False):
-        return _refine_greedily(nothing, nothing.features, grid, settings, loss, None)
+        return _refine_greedily(start, (moving, fixed), None, grid, settings, loss, None)
 
 
 def _with_images(loss: Loss, images: tuple[Tensor, Tensor] | None, settings: Refinement) -> Loss:
@@ -287,41 +292,61 @@ def _by_adam(
 
 
 def _refine_greedily(
-    result: Result,
+    start: Float[Tensor, "b *grid d"],
     features: tuple[Tensor, Tensor],
+    images: tuple[Tensor, Tensor] | None,
     grid: Grid,
     settings: Refinement,
     loss: Loss,
     watch: Callable[[int, Transform], None] | None,
 ) -> Refined:
-    """One displacement, mm, from level to level; the coarsest sees the images as they are averaged most."""
-    here, found = grid, displacement(result.transform, grid).detach().expand(len(features[0]), *[-1] * (grid.dim + 1))
+    """One displacement, mm, from level to level; the coarsest sees the images as they are averaged most.
+
+    With a focus, only the displacements inside of it are computed with, and each pair has a focus of its own.
+    """
+    pairs = len(features[0])
+    if settings.focus_mm and pairs > 1:
+        _watch_one(watch)
+        starts = start.expand(pairs, *[-1] * (grid.dim + 1))
+        alone = partial(_refine_greedily, grid=grid, settings=settings, loss=loss, watch=None)
+        return _joined([alone(starts[i : i + 1], _pair(features, i), _pair(images, i)) for i in range(pairs)])
+    here, found = grid, start.expand(pairs, *[-1] * (grid.dim + 1))
     levels = (*settings.coarser, settings.steps) if settings.steps else (0,)
     curves: list[Tensor] = []
-    taken = torch.zeros(len(found), dtype=torch.long, device=found.device)
+    taken = torch.zeros(pairs, dtype=torch.long, device=found.device)
     for level, steps in enumerate(levels):
         at = replace(settings, coarsen=settings.coarsen * 2 ** (len(levels) - 1 - level), steps=steps)
         compared, coarse = _compared(features, grid, at)
         found, here = _brought(found, here, coarse), coarse
-        both, focus = _with_images(loss, result.images, at), _focus(Dense(found, here), compared, here, at)
+        both, focus = _with_images(loss, images, at), _focus(Dense(found, here), compared, here, at)
+        box, part = (focus.grid, focus.voxels) if focus else (here, (...,))
+        near = found[(slice(None), *part)]
         keeper = _Keeper(at)
         for count in range(steps + 1):
             with torch.enable_grad():
-                step = _dense(found.requires_grad_(), here)
-                transform = step.build(found)
+                step = _dense(near.requires_grad_(), box)
+                transform = step.build(near)
                 if watch is not None:
-                    watch(sum(map(len, curves)) - level + count, transform)
+                    now = Dense(_put(found, part, near), here)
+                    watch(sum(map(len, curves)) - level + count, now)
                 losses = _loss((step,), transform, compared, here, at, both, focus)
-                (slope,) = torch.autograd.grad(losses.sum(), found) if count < steps else (None,)
-            found = found.detach()
-            if keeper.note(losses, [found]) or slope is None:
+                (slope,) = torch.autograd.grad(losses.sum(), near) if count < steps else (None,)
+            near = near.detach()
+            if keeper.note(losses, [near]) or slope is None:
                 break
-            found = greedy.descend(found, slope, here, at.rate, at.smoothing_vox)
-        found = keeper.best[0]
+            near = greedy.descend(near, slope, box, at.rate, at.smoothing_vox)
+        found = _put(found, part, keeper.best[0])
         curves.append(torch.stack(keeper.curve))
         taken += keeper.taken
     last = _dense(_brought(found, here, grid), grid)
     return Refined(Result(assemble((last,)), features, (last,)), torch.cat(curves), taken)
+
+
+def _put(whole: Float[Tensor, "b *grid d"], part: tuple[Any, ...], near: Tensor) -> Float[Tensor, "b *grid d"]:
+    """The whole field with another part."""
+    changed = whole.detach().clone()
+    changed[(slice(None), *part)] = near.detach()
+    return changed
 
 
 def _brought(field: Float[Tensor, "b *here d"], here: Grid, there: Grid) -> Float[Tensor, "b *there d"]:
@@ -333,45 +358,46 @@ def _brought(field: Float[Tensor, "b *here d"], here: Grid, there: Grid) -> Floa
     return objectives.averaged(field.movedim(-1, 1), here.shape[0] // there.shape[0]).movedim(1, -1)
 
 
-def _refine_each_pairs_weights(
-    model: Aligner,
-    result: Result,
-    grid: Grid,
-    settings: Refinement,
-    loss: Loss,
-    watch: Callable[[int, Transform], None] | None,
-) -> Refined:
-    """Each pair gets a copy of the network of its own."""
-    each = []
-    for i in range(len(result.features[0])):
-        features, images = _pair(result.features, i), _pair(result.images, i) if result.images else None
-        each.append(_refine_weights(model, features, grid, settings, _with_images(loss, images, settings), watch))
+def _watch_one(watch: Callable[[int, Transform], None] | None) -> None:
+    if watch is not None:
+        raise ValueError("This refinement goes pair by pair: watch one pair at a time.")
+
+
+def _joined(each: Sequence[Refined]) -> Refined:
+    """Pairs that were refined one by one, as one batch: the curve of a pair that stopped sooner goes on as it ended."""
     steps = tuple(
         replace(step, parameters=torch.cat([one.result.steps[k].parameters for one in each]))
-        for k, step in enumerate(result.steps)
+        for k, step in enumerate(each[0].result.steps)
     )
+    features = tuple(torch.cat([one.result.features[side] for one in each]) for side in (0, 1))
     longest = max(len(one.curve) for one in each)
     curves = [torch.cat([one.curve, one.curve[-1:].expand(longest - len(one.curve), -1)]) for one in each]
-    found = Result(assemble(steps), result.features, steps)
+    found = Result(assemble(steps), (features[0], features[1]), steps)
     return Refined(found, torch.cat(curves, 1), torch.cat([one.stopped for one in each]))
 
 
-def _pair(both: tuple[Tensor, Tensor], i: int) -> tuple[Tensor, Tensor]:
-    """One pair of a batch."""
-    return both[0][i : i + 1].detach(), both[1][i : i + 1].detach()
+def _pair(both: Any, i: int) -> Any:
+    """One pair of a batch of two tensors; nothing of nothing."""
+    return None if both is None else (both[0][i : i + 1].detach(), both[1][i : i + 1].detach())
 
 
 def _refine_weights(
     given: Aligner,
     features: tuple[Tensor, Tensor],
+    images: tuple[Tensor, Tensor] | None,
     grid: Grid,
     settings: Refinement,
     loss: Loss,
     watch: Callable[[int, Transform], None] | None,
 ) -> Refined:
-    """One pair, on a copy of the network. The ITN takes no part: its maps are given."""
+    """A copy of the network for each pair. The ITN takes no part: its maps are given."""
+    if len(features[0]) > 1:
+        _watch_one(watch)
+        alone = partial(_refine_weights, given, grid=grid, settings=settings, loss=loss, watch=None)
+        return _joined([alone(_pair(features, i), _pair(images, i)) for i in range(len(features[0]))])
     model: Any = copy.deepcopy(given)
     compared, coarse = _compared(features, grid, settings)
+    both = _with_images(loss, images, settings)
     with torch.no_grad():
         focus = _focus(model.align(*features, grid).transform, compared, coarse, settings)
 
@@ -379,7 +405,7 @@ def _refine_weights(
         result = model.align(*features, grid)
         if watch is not None:
             watch(count, result.transform)
-        return _loss(result.steps, result.transform, compared, coarse, settings, loss, focus), result.steps
+        return _loss(result.steps, result.transform, compared, coarse, settings, both, focus), result.steps
 
     return _by_adam(model.requires_grad_(True).parameters(), now, features, settings)
 
@@ -394,7 +420,9 @@ def _compared(features: tuple[Tensor, Tensor], grid: Grid, settings: Refinement)
 def _focus(
     transform: Transform, features: tuple[Tensor, Tensor], grid: Grid, settings: Refinement
 ) -> objectives.Focus | None:
-    return objectives.focus_on(features, transform, grid, settings.focus_mm) if settings.focus_mm else None
+    if not settings.focus_mm:
+        return None
+    return objectives.focus_on(features, transform, grid, settings.focus_mm, settings.pyramid)
 
 
 def _loss(

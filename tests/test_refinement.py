@@ -667,3 +667,105 @@ def test_only_a_greedy_search_needs_no_network():
     with pytest.raises(ValueError) as caught:
         search(*three_pairs(GRIDS[2]), GRIDS[2], Refinement(1))
     assert one_sentence(caught.value, "greedy", "parameters")
+
+
+# Greedy, near what the maps show
+
+
+def two_balls(grid: Grid) -> tuple[Tensor, Tensor]:
+    """Pairs of soft balls on empty ground: the first in one corner of the grid, the second in the other."""
+
+    def ball(centre: float, width: float) -> Tensor:
+        unit = (grid_points(grid) - torch.tensor(grid.centre)) / (torch.tensor(grid.extent) / 2)
+        return (1 - (unit - centre).square().sum(-1) / width**2).clamp(0, 1)[None, None]
+
+    moving = torch.cat([ball(-0.35, 0.3), ball(0.4, 0.35)])
+    return moving, torch.cat([ball(-0.4, 0.35), ball(0.37, 0.3)])
+
+
+NEAR = Refinement(8, "greedy", 0.4, coarser=(6,), focus_mm=4.0, pyramid=1, smoothing_vox=(0.7, 0.0))
+ROOMY = {2: Grid((48, 40), (1.0, 1.5), (-10.0, 3.0)), 3: Grid((32, 28, 24), (1.0, 1.5, 2.0), (-10.0, 3.0, 5.5))}
+
+
+@pytest.mark.parametrize("dim", [2, 3])
+def test_a_greedy_focus_finds_what_the_whole_grid_finds_and_moves_nothing_outside(dim):
+    grid = ROOMY[dim]
+    moving, fixed = two_balls(grid)
+    model = network(grid)
+    for side in (slice(0, 1), slice(1, 2)):
+        start = model(moving[side], fixed[side], grid)
+        near, whole = (refine(model, start, grid, s) for s in (NEAR, replace(NEAR, focus_mm=0.0)))
+        # The loss of the whole grid is the mean over more voxels: both curves fall in the same steps.
+        torch.testing.assert_close(near.curve / near.curve[0], whole.curve / whole.curve[0], rtol=0.02, atol=0.01)
+        assert near.curve[-1] < 0.1 * near.curve[0]
+        moved = both(near.result, grid)
+        shown = fixed[side][:, 0] > 0
+        torch.testing.assert_close(moved[shown], both(whole.result, grid)[shown], rtol=0, atol=0.04)
+        # The box of the coarse level, whose voxels are larger, reaches further, and its border fades over one of them.
+        box = objectives.focus_on((moving[side], fixed[side]), Identity(dim), grid, 4.0 + 3 * max(grid.spacing), 1)
+        assert box.grid.size < 0.7 * grid.size
+        inside = torch.zeros(grid.shape, dtype=torch.bool)
+        inside[box.voxels] = True
+        assert (moved[0][~inside] == 0).all()
+        assert moved.norm(dim=-1).max() > 1
+
+
+def test_a_greedy_focus_is_that_of_each_pair():
+    grid = ROOMY[2]
+    moving, fixed = two_balls(grid)
+    model = network(grid)
+    together = refine(model, model(moving, fixed, grid), grid, NEAR)
+    for i in (0, 1):
+        alone = refine(model, model(moving[[i]], fixed[[i]], grid), grid, NEAR)
+        torch.testing.assert_close(together.curve[:, i], alone.curve[:, 0])
+        torch.testing.assert_close(both(together.result, grid)[i], both(alone.result, grid)[0])
+    assert together.stopped.tolist() == [14, 14]
+    with pytest.raises(ValueError, match="one pair at a time") as caught:
+        refine(model, model(moving, fixed, grid), grid, NEAR, watch=lambda count, transform: None)
+    assert one_sentence(caught.value, "pair by pair")
+
+
+def test_a_watched_greedy_focus_shows_the_whole_field():
+    grid = ROOMY[2]
+    moving, fixed = (image[:1] for image in two_balls(grid))
+    model = network(grid)
+    seen: list[Transform] = []
+    refined = refine(model, model(moving, fixed, grid), grid, NEAR, watch=lambda count, t: seen.append(t))
+    assert {t.grid for t in seen} == {grid.coarsened(2), grid}
+    losses = [objectives.refinement((moving, fixed), t, grid, levels=1) for t in seen[-9:]]
+    relative = torch.stack(losses) / losses[0]
+    torch.testing.assert_close(relative, refined.curve[-9:] / refined.curve[-9], rtol=0.02, atol=0.01)
+
+
+def test_a_focus_leaves_the_rest_of_the_start_as_it_was():
+    grid = ROOMY[2]
+    moving, fixed = (image[:1] for image in two_balls(grid))
+    model = network(grid)
+    start = model(moving, fixed, grid)
+    field = 0.3 * torch.randn(1, *grid.shape, 2)
+    moved = replace(start, transform=Dense(field, grid))
+    refined = refine(model, moved, grid, replace(NEAR, coarser=())).result
+    box = objectives.focus_on((moving, fixed), Dense(field, grid), grid, 4.0, levels=1)
+    inside = torch.zeros(grid.shape, dtype=torch.bool)
+    inside[box.voxels] = True
+    assert torch.equal(both(refined, grid)[0][~inside], field[0][~inside])
+    assert not torch.equal(both(refined, grid)[0][inside], field[0][inside])
+
+
+@pytest.mark.parametrize("levels", [1, 2, 4])
+@pytest.mark.parametrize("mode", MODES)
+def test_the_pyramid_has_as_many_levels_as_were_asked_for(mode, levels):
+    grid = GRIDS[2]
+    moving, fixed = three_pairs(grid)
+    model = network(grid)
+    settings = Refinement(1, mode, rate=RATE[mode], pyramid=levels)
+    found = refine(model, model(moving, fixed, grid), grid, settings).curve[0]
+    scales = [(objectives.averaged(moving, 2**k), objectives.averaged(fixed, 2**k)) for k in range(levels)]
+    expected = torch.stack([objectives.relative_mse(m, f, objectives.scale_of(m, f)) for m, f in scales]).mean(0)
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_pyramid_without_a_level_gets_one_sentence():
+    with pytest.raises(ValueError) as caught:
+        Refinement(pyramid=0)
+    assert one_sentence(caught.value, "1 resolution")
