@@ -346,10 +346,13 @@ def hippocampus(options: Options) -> list[Record]:
             judged = _with(cohort, m, labels)
             with torch.no_grad():
                 result = network(*images, grid)
-            refined = refine(network, result, grid, short)
+            refined = refine(network, result, grid, short).result
             error = _label_map_error(result, cohort, m, f)
-            losses = {"one pass": float(refined.curve[0]), "refined": float(refined.curve.min())}
-            every = {"nothing": Identity(3), "one pass": result.transform, "refined": refined.result.transform}
+            every = {"nothing": Identity(3), "one pass": result.transform, "refined": refined.transform}
+            # Of the maps as they are drawn, at every resolution: the curve of a refinement may be of others.
+            losses = {
+                way: float(objectives.refinement(result.features, every[way], grid)) for way in ("one pass", "refined")
+            }
             for way, transform in every.items():
                 found = figures_of(judged, m, f, transform, device)
                 rows[way].append({"dice": found.dice, "folding": found.folding_percent, "map_error": error})

@@ -71,12 +71,20 @@ class CohortTask:
     def build(self) -> nn.Module:
         """The network as training begins, laid out for fast convolutions: untrained, or with a shipped model's weights.
 
+        What rests has parameters without gradients.
+
         Raises:
-            ValueError: if the model that the recipe starts from is unknown, or has other weights.
+            ValueError: if the model that the recipe starts from is unknown, or has other weights, or a part that is to
+                rest is not there.
         """
         built = network(self.recipe.config)
         if self.recipe.start:
             start_from(built, load(self.recipe.start))
+        parts = dict(built.named_children())
+        for name in self.recipe.resting:
+            if name not in parts:
+                raise ValueError(f"{name!r} can not rest: the parts of {self.recipe.name} are {', '.join(parts)}.")
+            parts[name].requires_grad_(False)
         return fast_layout(built, self.cohort.grid.dim)
 
     def loss(self, model: nn.Module, items: Sequence[int], device: torch.device) -> dict[str, Tensor]:

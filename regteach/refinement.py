@@ -72,6 +72,8 @@ class Refinement:
             search that begins coarsely has seen the coarse ones: 1 is enough for it, and lets it look at what is fine.
         coarser: greedy steps before the others, on images averaged over cubes of 2 voxels (the last of these numbers),
             of 4 (the one before it), and so on: cheap, and far-sighted.
+        restart: search a second time, greedily, from the identity, and keep of each pair what ends with the lower loss.
+            A greedy search ends in the nearest valley, and of two the loss finds the better one.
         smoothing_vox: standard deviations of the Gaussians that smooth each greedy step, and all of the displacement.
         window_vox: width of the windows where images are compared by local NCC.
         patience: stop a pair when its loss has not fallen for so many steps; 0 never stops.
@@ -88,6 +90,7 @@ class Refinement:
     coarsen: int = 1
     pyramid: int = objectives.LEVELS
     coarser: tuple[int, ...] = ()
+    restart: bool = False
     smoothing_vox: tuple[float, float] = (1.732, 0.7071)
     window_vox: int = 9
     patience: int = 0
@@ -100,8 +103,9 @@ class Refinement:
             raise ValueError(f"Maps are sharpened by a slope of 0 or more, not {self.sharpen}.")
         if self.images < 0:
             raise ValueError(f"The images have a weight of 0 or more beside the maps, not {self.images}.")
-        if self.coarser and self.mode != "greedy":
-            raise ValueError(f"Steps on coarser images are for greedy refinement, not for that of {self.mode}.")
+        if (self.coarser or self.restart) and self.mode != "greedy":
+            said = "Steps on coarser images" if self.coarser else "Second searches"
+            raise ValueError(f"{said} are for greedy refinement, not for that of {self.mode}.")
         if min(self.coarser, default=1) < 1 or min(self.smoothing_vox) < 0:
             raise ValueError("Coarser levels take 1 step or more each, and a smoothing is 0 or more.")
         if self.pyramid < 1:
@@ -118,13 +122,15 @@ class Refined:
         result: the transform of each pair's lowest loss, and its steps.
         curve: ``s b``, loss before each step and after the last; once a pair has stopped, its loss stays. s is the
             number of steps and one, or less where every pair stopped sooner. Greedy levels follow each other, each with
-            the loss of its own images.
+            the loss of its own images; so do two searches.
         stopped: ``b``, number of steps that each pair took.
+        loss: ``b``, of the result.
     """
 
     result: Result
     curve: Float[Tensor, "s b"]
     stopped: Int[Tensor, "b"]
+    loss: Float[Tensor, "b"]
 
 
 def refine(
@@ -161,6 +167,10 @@ def refine(
         elif settings.mode == "greedy":
             start = displacement(result.transform, grid).detach()
             found = _refine_greedily(start, features, result.images, grid, settings, loss, watch)
+            if settings.restart and settings.steps:
+                nothing, seen = torch.zeros_like(start), _later(watch, int(found.stopped.max()) + 1)
+                again = _refine_greedily(nothing, features, result.images, grid, settings, loss, seen)
+                found = _better(found, again)
         else:
             steps = result.steps if settings.mode == "parameters" else corrections(result.transform, grid)
             both = _with_images(loss, result.images, settings)
@@ -339,7 +349,26 @@ def _refine_greedily(
         curves.append(torch.stack(keeper.curve))
         taken += keeper.taken
     last = _dense(_brought(found, here, grid), grid)
-    return Refined(Result(assemble((last,)), features, (last,)), torch.cat(curves), taken)
+    return Refined(Result(assemble((last,)), features, (last,)), torch.cat(curves), taken, keeper.lowest)
+
+
+def _better(first: Refined, second: Refined) -> Refined:
+    """Of two greedy searches, for each pair the one with the lower loss; their curves follow each other."""
+    better = second.loss < first.loss
+    own, other = first.result.steps[0], second.result.steps[0]
+    chosen = better.reshape(-1, *[1] * (own.parameters.ndim - 1))
+    step = replace(own, parameters=torch.where(chosen, other.parameters, own.parameters))
+    return Refined(
+        Result(assemble((step,)), first.result.features, (step,)),
+        torch.cat([first.curve, second.curve]),
+        first.stopped + second.stopped,
+        torch.where(better, second.loss, first.loss),
+    )
+
+
+def _later(watch: Callable[[int, Transform], None] | None, by: int) -> Callable[[int, Transform], None] | None:
+    """A watcher whose count begins at another number."""
+    return None if watch is None else lambda count, transform: watch(by + count, transform)
 
 
 def _put(whole: Float[Tensor, "b *grid d"], part: tuple[Any, ...], near: Tensor) -> Float[Tensor, "b *grid d"]:
@@ -373,7 +402,8 @@ def _joined(each: Sequence[Refined]) -> Refined:
     longest = max(len(one.curve) for one in each)
     curves = [torch.cat([one.curve, one.curve[-1:].expand(longest - len(one.curve), -1)]) for one in each]
     found = Result(assemble(steps), (features[0], features[1]), steps)
-    return Refined(found, torch.cat(curves, 1), torch.cat([one.stopped for one in each]))
+    stopped, loss = (torch.cat([getattr(one, name) for one in each]) for name in ("stopped", "loss"))
+    return Refined(found, torch.cat(curves, 1), stopped, loss)
 
 
 def _pair(both: Any, i: int) -> Any:
@@ -475,4 +505,4 @@ class _Keeper:
     def refined(self, steps: tuple[Step, ...], features: tuple[Tensor, Tensor]) -> Refined:
         """What there is to return."""
         best = tuple(replace(step, parameters=z) for z, step in zip(self.best, steps, strict=True))
-        return Refined(Result(assemble(best), features, best), torch.stack(self.curve), self.taken)
+        return Refined(Result(assemble(best), features, best), torch.stack(self.curve), self.taken, self.lowest)

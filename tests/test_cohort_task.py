@@ -14,6 +14,7 @@ from regteach.data.augment import Augmentation
 from regteach.data.cohort import Cohort
 from regteach.grid import Grid
 from regteach.nets.georeg import GeoReg, GeoRegConfig
+from regteach.nets.istn import AffineStage, ISTNConfig
 from regteach.nets.voxelmorph import VoxelMorphConfig
 from regteach.recipes import Recipe, find_recipe
 from regteach.sampling import warp
@@ -140,6 +141,33 @@ def test_the_weights_of_the_levels_count() -> None:
     finest = 1 - ncc(warp(moving, result.transform, grid), fixed)
     terms = objectives.multiscale(result, grid, weights=(1.0, 0.0, 0.0))
     torch.testing.assert_close(terms["image"], finest)
+
+
+# ---- parts that rest ----
+
+MAPS = ISTNConfig(Grid((16, 16)), (AffineStage(widths=(4, 8), hidden=8),), itn=(4, 8))
+
+
+@pytest.mark.parametrize("resting", [(), ("itn",), ("stages",)])
+def test_what_rests_keeps_its_weights_and_the_rest_learns(resting: tuple[str, ...]) -> None:
+    torch.manual_seed(0)
+    task = CohortTask(Recipe("rested", "noise", "explicit", MAPS, Settings(steps=3, batch=2), resting=resting), noise())
+    net = task.build()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    optimiser = torch.optim.AdamW(net.parameters(), 1e-2, weight_decay=0.1)
+    for step in range(3):
+        optimiser.zero_grad()
+        objectives.total(task.loss(net, (2 * step, 2 * step + 1), torch.device("cpu"))).sum().backward()
+        optimiser.step()
+    seen = {name.split(".")[0] for name, value in net.state_dict().items() if not torch.equal(value, before[name])}
+    assert seen == {"itn", "stages"} - set(resting)
+
+
+def test_what_is_not_there_can_not_rest() -> None:
+    task = CohortTask(Recipe("rested", "noise", "explicit", MAPS, Settings(), resting=("encoders",)), noise())
+    with pytest.raises(ValueError, match="can not rest") as error:
+        task.build()
+    assert one_sentence(error.value, "'encoders'", "itn", "stages")
 
 
 # ---- an encoder that imitates another ----

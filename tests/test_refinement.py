@@ -769,3 +769,61 @@ def test_a_pyramid_without_a_level_gets_one_sentence():
     with pytest.raises(ValueError) as caught:
         Refinement(pyramid=0)
     assert one_sentence(caught.value, "1 resolution")
+
+
+# Greedy, from two starts
+
+
+def test_of_two_searches_each_pair_keeps_the_better():
+    """One pair starts well, the other far out: a texture has a better neighbour in every direction."""
+    grid = Grid((64, 64))
+    wide = Grid((80, 64))
+    torch.manual_seed(0)
+    grain = sum(smooth(torch.randn(2, 1, *wide.shape), sigma, wide) * sigma for sigma in (1.0, 2.0, 4.0))
+    moving, fixed = grain[:, :, :64], grain[:, :, 6:70]
+    right, wrong = torch.zeros(2, *grid.shape, 2)
+    right[..., 0], wrong[..., 1] = 6.0, 25.0
+    model = network(grid)
+    begun = replace(model(moving, fixed, grid), transform=Dense(torch.stack([right, wrong]), grid))
+    settings = replace(GREEDY, steps=5, coarser=())
+    counts: list[int] = []
+    once = refine(model, begun, grid, settings)
+    nothing = refine(model, model(moving, fixed, grid), grid, settings)
+    twice = refine(model, begun, grid, replace(settings, restart=True), watch=lambda count, _: counts.append(count))
+    assert once.loss[0] < nothing.loss[0]
+    assert once.loss[1] > nothing.loss[1]
+    torch.testing.assert_close(twice.loss, torch.minimum(once.loss, nothing.loss))
+    found = both(twice.result, grid)
+    assert torch.equal(found[0], both(once.result, grid)[0])
+    assert torch.equal(found[1], both(nothing.result, grid)[1])
+    assert torch.equal(twice.curve, torch.cat([once.curve, nothing.curve]))
+    assert counts == list(range(12))
+    assert twice.stopped.tolist() == [10, 10]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_loss_is_that_of_the_result(mode):
+    grid = GRIDS[2]
+    moving, fixed = three_pairs(grid)
+    model = network(grid)
+    refined = refine(model, model(moving, fixed, grid), grid, Refinement(5, mode, rate=RATE[mode]))
+    torch.testing.assert_close(refined.loss, refined.curve.amin(0))
+    reached = objectives.refinement((moving, fixed), refined.result.transform, grid)
+    torch.testing.assert_close(refined.loss, reached, rtol=1e-4, atol=1e-6)
+
+
+def test_a_second_search_of_no_steps_leaves_the_start():
+    grid = GRIDS[2]
+    moving, fixed = three_pairs(grid)
+    model = network(grid)
+    field = torch.full((3, *grid.shape, 2), 2.0)
+    begun = replace(model(moving, fixed, grid), transform=Dense(field, grid))
+    found = refine(model, begun, grid, replace(GREEDY, steps=0, restart=True)).result
+    assert torch.equal(both(found, grid), field)
+
+
+@pytest.mark.parametrize("mode", OWN)
+def test_only_a_greedy_search_begins_twice(mode):
+    with pytest.raises(ValueError, match="Second searches are for greedy") as caught:
+        Refinement(mode=mode, restart=True)
+    assert one_sentence(caught.value, mode)
