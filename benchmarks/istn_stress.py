@@ -372,6 +372,7 @@ def hippocampus(options: Options) -> list[Record]:
     for name, change in changes.UNLIKE.items():
         edited = partial(_unlike, cohort, change)
         measured(name, lambda i, moving, edited=edited: (edited(i), cohort.labels[i]))  # type: ignore[misc]
+    # Not as the model ships, whose greedy steps move voxels: as the toy does it, control points or weights.
     by_parameters = Refinement(rate=0.15, sharpen=16.0, focus_mm=2.0, coarsen=2)
     by_weights = replace(BY_WEIGHTS, focus_mm=2.0, coarsen=2)
     for mode, steps in ((by_parameters, options.long), (by_weights, min(options.long, 100))):

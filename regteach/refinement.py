@@ -190,7 +190,7 @@ def search(
     Args:
         moving, fixed: pairs of images.
         grid: where they sit.
-        settings: "greedy".
+        settings: "greedy"; a restart adds nothing, for this search starts from the identity already.
         similarity: by which they are compared.
 
     Raises:
