@@ -109,7 +109,13 @@ class CohortTask:
                 terms = objectives.alike(result.pyramids[1], pattern)
             else:
                 terms = objectives.multiscale(
-                    result, grid, recipe.config.similarity, recipe.bending, recipe.weights, across=across
+                    result,
+                    grid,
+                    recipe.config.similarity,
+                    recipe.bending,
+                    recipe.weights,
+                    across,
+                    recipe.window_vox,
                 )
             if finest:
                 # Several processes wait for the gradient of every parameter: the parts that rest have one of zero.

@@ -29,11 +29,12 @@ from regteach import regularity
 from regteach.grid import Grid
 from regteach.result import Result, Step, after_each, assemble, composed
 from regteach.sampling import sample, warp
-from regteach.similarity import dissimilarity
+from regteach.similarity import Dissimilarity, dissimilarity
 from regteach.transforms import Dense, FreeForm, Transform, Velocity, displacement
 
 Terms = dict[str, Float[Tensor, "b"]]
 LEVELS = 4  # of the pyramid
+WINDOW = 9  # voxels an axis, of local NCC
 EMPTY = 1e-4  # mean square below which a map counts as empty: its error is not blown up any further
 
 
@@ -173,6 +174,7 @@ def multiscale(
     bending: float = 0.0,
     weights: Sequence[float] = (),
     across: bool = True,
+    window_vox: int = WINDOW,
 ) -> Terms:
     """L = sum_l w_l (L_interp + L_refine), each the mean over the outputs of D + lambda R at their own resolution.
 
@@ -187,8 +189,9 @@ def multiscale(
         bending: lambda, mm^2.
         weights: w of each level, finest first; 1 each where left out.
         across: False lets no gradient pass from an output to the levels above its own (an ablation).
+        window_vox: width of the windows of local NCC, voxels of each output's own grid.
     """
-    compare = dissimilarity(similarity)
+    compare = _similarity(similarity, window_vox)
     errors, energies, given = [], [], []
     outputs = after_each(result.steps) if across else _each_by_itself(result.steps)
     for found in outputs:
@@ -361,18 +364,23 @@ def image_refinement(
     grid: Grid,
     focus: Focus | None = None,
     similarity: str = "ncc",
-    window_vox: int = 9,
+    window_vox: int = WINDOW,
 ) -> Float[Tensor, "b"]:
     """D(M o T, F): two images compared by a similarity, at test time as in training; local NCC has a window."""
     moving, fixed = features
     mask = None
     if focus:
         mask, fixed = focus.mask, fixed[(slice(None), slice(None), *focus.voxels)]
-    compare = dissimilarity(similarity, **({"window_vox": window_vox} if similarity == "local_ncc" else {}))
+    compare = _similarity(similarity, window_vox)
     return compare(warp(moving, transform, grid, focus.grid if focus else grid), fixed, mask=mask)
 
 
-def at_test_time(model: Any, window_vox: int = 9, levels: int = LEVELS) -> Callable[..., Float[Tensor, "b"]]:
+def _similarity(name: str, window_vox: int) -> Dissimilarity:
+    """What images are compared by; of all similarities, local NCC alone has windows."""
+    return dissimilarity(name, **({"window_vox": window_vox} if name == "local_ncc" else {}))
+
+
+def at_test_time(model: Any, window_vox: int = WINDOW, levels: int = LEVELS) -> Callable[..., Float[Tensor, "b"]]:
     """The loss that refinement descends for a model: its images by their similarity, or its maps by their pyramid."""
     similarity = getattr(getattr(model, "config", None), "similarity", None)
     if similarity:

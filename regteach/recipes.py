@@ -35,6 +35,7 @@ class Recipe:
         bending: weight of the bending energy in training, mm^2.
         weights: of each level of a network that is judged at every level, finest first; equal where left out. Cortex
             that has been blurred to 16 mm says little of what lies below it: brains are judged by their fine levels.
+        window_vox: width of the windows in which local NCC compares images in training, voxels of each level's grid.
         coarse_first: the finest levels of a GeoReg join late, one after each of these numbers of steps: cheaper.
         imitate: the second of two encoders learns to see in its contrast what the first sees in that of the twin;
             nothing else is trained (:func:`regteach.objectives.alike`).
@@ -55,6 +56,7 @@ class Recipe:
     augmentation: Augmentation = Augmentation()
     bending: float = 0.0
     weights: tuple[float, ...] = ()
+    window_vox: int = objectives.WINDOW
     coarse_first: tuple[int, ...] = ()
     imitate: bool = False
     resting: tuple[str, ...] = ()

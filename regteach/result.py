@@ -11,10 +11,13 @@ so that each step sees the moving image already warped by the steps before it.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
+from jaxtyping import Float
 from torch import Tensor
 
-from regteach.transforms import Compose, Transform
+from regteach.grid import Grid
+from regteach.transforms import Compose, Dense, Transform
 
 
 def composed(before: Transform, step: Transform) -> Transform:
@@ -35,6 +38,11 @@ class Step:
     parameters: Tensor
     build: Callable[[Tensor], Transform]
     join: Callable[[Transform, Transform], Transform] = composed
+
+
+def dense_step(displacement: Float[Tensor, "b *grid d"], grid: Grid) -> Step:
+    """A step that is a displacement, mm, on a grid."""
+    return Step(displacement, partial(Dense, grid=grid))
 
 
 @dataclass(frozen=True)

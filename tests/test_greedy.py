@@ -7,8 +7,8 @@ from scipy import ndimage
 from torch import Tensor
 from truths.fields import GRIDS, positions
 
-from regteach.greedy import descend
 from regteach.grid import Grid
+from regteach.refinement.greedy import descend
 from regteach.transforms import Dense, jacobian_determinant
 
 STILL = (0.0, 0.0)

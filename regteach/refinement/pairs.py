@@ -1,0 +1,76 @@
+"""Many pairs at once: what is remembered of each, and pairs that are refined one by one."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regteach.refinement.settings import Refined, Refinement, Watch
+from regteach.result import Result, Step, assemble
+
+
+class Keeper:
+    """Remembers, for each pair, the curve, the best parameters so far, and when it stopped falling."""
+
+    def __init__(self, settings: Refinement) -> None:
+        self.settings = settings
+        self.curve: list[Tensor] = []
+        self.best: list[Tensor] = []
+
+    def note(self, losses: Tensor, parameters: list[Tensor]) -> bool:
+        """Take in one evaluation; True once every pair has stopped."""
+        losses = losses.detach()
+        if not self.curve:
+            self.lowest, self.reference = losses.clone(), losses.clone()
+            self.best = [z.clone() for z in parameters]
+            self.since = torch.zeros_like(losses, dtype=torch.long)
+            self.running = torch.ones_like(losses, dtype=torch.bool)
+            self.taken = torch.zeros_like(losses, dtype=torch.long)
+            self.curve.append(losses)
+            return False
+        self.taken += self.running
+        better = self.running & (losses < self.lowest)
+        self.lowest = torch.where(better, losses, self.lowest)
+        self.best = [
+            torch.where(better.reshape(-1, *[1] * (z.ndim - 1)), z, kept)
+            for z, kept in zip(parameters, self.best, strict=True)
+        ]
+        fell = losses < self.reference - self.settings.tolerance * self.reference.abs()  # a loss may be negative
+        self.reference = torch.where(fell, losses, self.reference)
+        self.since = torch.where(fell, 0, self.since + 1)
+        self.curve.append(torch.where(self.running, losses, self.curve[-1]))
+        if self.settings.patience:
+            self.running = self.running & (self.since < self.settings.patience)
+        return not bool(self.running.any())
+
+    def refined(self, steps: tuple[Step, ...], features: tuple[Tensor, Tensor]) -> Refined:
+        """What there is to return."""
+        best = tuple(replace(step, parameters=z) for z, step in zip(self.best, steps, strict=True))
+        return Refined(Result(assemble(best), features, best), torch.stack(self.curve), self.taken, self.lowest)
+
+
+def watch_one(watch: Watch | None) -> None:
+    """Raise a ValueError where several pairs, refined one by one, are to be watched: whose transform would it be?"""
+    if watch is not None:
+        raise ValueError("This refinement goes pair by pair: watch one pair at a time.")
+
+
+def pair_of(both: Any, i: int) -> Any:
+    """One pair of a batch of two tensors; nothing of nothing."""
+    return None if both is None else (both[0][i : i + 1].detach(), both[1][i : i + 1].detach())
+
+
+def joined(each: Sequence[Refined]) -> Refined:
+    """Pairs that were refined one by one, as one batch: the curve of a pair that stopped sooner goes on as it ended."""
+    steps = tuple(
+        replace(step, parameters=torch.cat([one.result.steps[k].parameters for one in each]))
+        for k, step in enumerate(each[0].result.steps)
+    )
+    features = tuple(torch.cat([one.result.features[side] for one in each]) for side in (0, 1))
+    longest = max(len(one.curve) for one in each)
+    curves = [torch.cat([one.curve, one.curve[-1:].expand(longest - len(one.curve), -1)]) for one in each]
+    found = Result(assemble(steps), (features[0], features[1]), steps)
+    stopped, loss = (torch.cat([getattr(one, name) for one in each]) for name in ("stopped", "loss"))
+    return Refined(found, torch.cat(curves, 1), stopped, loss)
