@@ -1,5 +1,6 @@
 """Training a network on pairs of a cohort: people on one grid, with structures that some losses and all figures use."""
 
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -241,14 +242,20 @@ def _named(
 
 
 def start_from(built: nn.Module, model: Model) -> None:
-    """Give a network the weights of another of its kind; a second encoder that only it has begins as the first.
+    """Give a network the weights of another of its kind.
+
+    A second encoder that only it has begins as the first; steps at a level where only it has any stay as they are:
+    untrained, so nothing moves there.
 
     Raises:
         ValueError: if the weights do not fit.
     """
-    weights = model.network.state_dict()
+    weights, own = model.network.state_dict(), built.state_dict()
     both = {key.replace("encoders.0.", "encoders.1.", 1): value for key, value in weights.items()} | weights
+    of_level = re.compile(r"deform\.\d+\.")
+    known_levels = {found[0] for key in weights if (found := of_level.match(key))}
+    new = {key for key in own if (found := of_level.match(key)) and found[0] not in known_levels}
     try:
-        built.load_state_dict({key: both[key] for key in built.state_dict()})
+        built.load_state_dict({key: own[key] if key in new else both[key] for key in own})
     except (KeyError, RuntimeError):
         raise ValueError(f"The weights of {model.name} do not fit the network that was to start from them.") from None

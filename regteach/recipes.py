@@ -178,7 +178,11 @@ def _shipped() -> list[Recipe]:
             replace(FAST, steps=800, batch=4),
             Augmentation(6.0, 8.0, 1.12, 0.05, 4.0, 24.0, gamma=0.3, bias=0.2, noise=0.05, blur_mm=0.5),
             bending=1.0,
-            refinement=Refinement(100, "corrections", rate=0.4, bending=3.0, images=1.0, sharpen=12.0),
+            # On validation people 100 steps of Adam on corrections reached a Dice of 0.773; these, in a quarter of the
+            # time, 0.788.
+            refinement=Refinement(
+                40, "greedy", 0.5, images=4.0, sharpen=8, pyramid=2, coarser=(10, 20, 30), smoothing_vox=(1.0, 0.3)
+            ),
         ),
         Recipe(
             "istn-brains",

@@ -18,7 +18,7 @@ from regteach.nets.istn import AffineStage, ISTNConfig
 from regteach.nets.voxelmorph import VoxelMorphConfig
 from regteach.recipes import Recipe, find_recipe
 from regteach.sampling import warp
-from regteach.similarity import ncc
+from regteach.similarity import local_ncc, ncc
 from regteach.training import Settings
 
 SMALL = GeoRegConfig(Grid((16, 16)), (4, 8, 8), (0, 3, 3), (3, 3))
@@ -55,6 +55,18 @@ def test_a_second_encoder_begins_as_the_first_and_is_its_own() -> None:
     moving, fixed = torch.rand(2, 1, 1, 16, 16)
     found = [net(moving, fixed, SMALL.grid).transform.displacement for net in (first, built.eval())]
     torch.testing.assert_close(*found)
+
+
+def test_a_level_that_steps_for_the_first_time_begins_by_standing_still() -> None:
+    torch.manual_seed(0)
+    first, built = shaken(SMALL), network(replace(SMALL, windows=(3, 3, 3))).eval()
+    start_from(built, Model("first", first))
+    moving, fixed = torch.rand(2, 1, 1, 16, 16)
+    found = [net(moving, fixed, SMALL.grid).transform.displacement for net in (first, built)]
+    torch.testing.assert_close(*found)
+    with torch.no_grad():
+        built.deform[0].head[-1].weight += 0.1
+    assert (built(moving, fixed, SMALL.grid).transform.displacement - found[0]).abs().max() > 0.01
 
 
 def test_weights_that_do_not_fit_get_one_sentence() -> None:
@@ -141,6 +153,16 @@ def test_the_weights_of_the_levels_count() -> None:
     finest = 1 - ncc(warp(moving, result.transform, grid), fixed)
     terms = objectives.multiscale(result, grid, weights=(1.0, 0.0, 0.0))
     torch.testing.assert_close(terms["image"], finest)
+
+
+@pytest.mark.parametrize("window_vox", [3, 9])
+def test_a_recipe_says_in_what_windows_images_are_compared(window_vox: int) -> None:
+    config = replace(SMALL, similarity="local_ncc")
+    recipe = Recipe("windows", "noise", "unsupervised", config, Settings(steps=2, batch=1), window_vox=window_vox)
+    task = CohortTask(replace(recipe, weights=(1.0, 0.0, 0.0)), noise())
+    (moving, fixed), *_ = task._item(0)
+    term = task.loss(task.build(), (0,), torch.device("cpu"))["image"]  # the untrained network is the identity
+    torch.testing.assert_close(term, 1 - local_ncc(moving, fixed, window_vox))
 
 
 # ---- parts that rest ----

@@ -11,6 +11,7 @@ from truths.fields import GRIDS, one_sentence
 
 from regteach import bspline, objectives
 from regteach.affine import Affine
+from regteach.focus import Focus, focus_on
 from regteach.grid import Grid
 from regteach.objectives import istn, pyramid_mse, refinement, regulariser, relative_mse, total
 from regteach.regularity import bending_energy, bending_energy_spline_plain
@@ -287,7 +288,7 @@ def test_a_focus_sees_the_same_where_the_rest_is_empty(dim):
         features.append(image)
     pair = (features[0], features[1])
     start = Affine(torch.eye(dim, dtype=F64)[None], torch.zeros(1, dim, dtype=F64), torch.zeros(dim, dtype=F64))
-    focus = objectives.focus_on(pair, start, grid, margin_mm=4.0)
+    focus = focus_on(pair, start, grid, 4.0, objectives.LEVELS)
     assert focus.grid.size < grid.size
     moved = Affine(start.matrix, torch.full((1, dim), -1.4, dtype=F64), start.centre)
     torch.testing.assert_close(refinement(pair, moved, grid, focus), refinement(pair, moved, grid))
@@ -303,7 +304,7 @@ def test_pairs_of_a_batch_have_boxes_of_their_own():
     image = torch.zeros(2, 1, 64, 64)
     image[0, 0, 2:6, 2:6] = 1
     image[1, 0, 55:60, 40:44] = 1
-    focus = objectives.focus_on((image, image), assemble((_nothing(grid),)), grid, margin_mm=3.0)
+    focus = focus_on((image, image), assemble((_nothing(grid),)), grid, 3.0, objectives.LEVELS)
     every = focus_boxes(focus, grid)
     assert torch.equal(every[0], _box(slice(0, 16), slice(0, 16)))
     assert torch.equal(every[1], _box(slice(48, 64), slice(32, 48)))
@@ -315,7 +316,7 @@ def _box(*where: slice) -> Tensor:
     return box
 
 
-def focus_boxes(focus: objectives.Focus, grid: Grid) -> Tensor:
+def focus_boxes(focus: Focus, grid: Grid) -> Tensor:
     whole = torch.zeros(len(focus.mask), *grid.shape)
     whole[(slice(None), *focus.voxels)] = focus.mask[:, 0]
     return whole

@@ -13,6 +13,7 @@ from truths.fields import one_sentence
 
 from regteach import objectives
 from regteach.affine import Affine
+from regteach.focus import focus_on
 from regteach.grid import Grid
 from regteach.nets.georeg import GeoReg, GeoRegConfig
 from regteach.nets.istn import ISTN, AffineStage, ISTNConfig, SplineStage
@@ -702,7 +703,7 @@ def test_a_greedy_focus_finds_what_the_whole_grid_finds_and_moves_nothing_outsid
         shown = fixed[side][:, 0] > 0
         torch.testing.assert_close(moved[shown], both(whole.result, grid)[shown], rtol=0, atol=0.04)
         # The box of the coarse level, whose voxels are larger, reaches further, and its border fades over one of them.
-        box = objectives.focus_on((moving[side], fixed[side]), Identity(dim), grid, 4.0 + 3 * max(grid.spacing), 1)
+        box = focus_on((moving[side], fixed[side]), Identity(dim), grid, 4.0 + 3 * max(grid.spacing), 1)
         assert box.grid.size < 0.7 * grid.size
         inside = torch.zeros(grid.shape, dtype=torch.bool)
         inside[box.voxels] = True
@@ -745,7 +746,7 @@ def test_a_focus_leaves_the_rest_of_the_start_as_it_was():
     field = 0.3 * torch.randn(1, *grid.shape, 2)
     moved = replace(start, transform=Dense(field, grid))
     refined = refine(model, moved, grid, replace(NEAR, coarser=())).result
-    box = objectives.focus_on((moving, fixed), Dense(field, grid), grid, 4.0, levels=1)
+    box = focus_on((moving, fixed), Dense(field, grid), grid, 4.0, levels=1)
     inside = torch.zeros(grid.shape, dtype=torch.bool)
     inside[box.voxels] = True
     assert torch.equal(both(refined, grid)[0][~inside], field[0][~inside])

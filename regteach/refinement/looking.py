@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from regteach import objectives
+from regteach.focus import Focus, focus_on
 from regteach.grid import Grid
 from regteach.refinement.settings import Loss, Refinement
 from regteach.result import Step
@@ -40,11 +41,11 @@ def compared_maps(
 @torch.no_grad()
 def focus_of(
     transform: Transform, features: tuple[Tensor, Tensor], grid: Grid, settings: Refinement
-) -> objectives.Focus | None:
+) -> Focus | None:
     """The part of the grid round what the maps show as they lie now, where only that is looked at."""
     if not settings.focus_mm:
         return None
-    return objectives.focus_on(features, transform, grid, settings.focus_mm, settings.pyramid)
+    return focus_on(features, transform, grid, settings.focus_mm, settings.pyramid)
 
 
 def with_images(loss: Loss, images: tuple[Tensor, Tensor] | None, settings: Refinement) -> Loss:
@@ -56,7 +57,7 @@ def with_images(loss: Loss, images: tuple[Tensor, Tensor] | None, settings: Refi
     compared = tuple(objectives.averaged(image.detach(), settings.coarsen) for image in images)
 
     def both(
-        features: tuple[Tensor, Tensor], transform: Transform, grid: Grid, focus: objectives.Focus | None
+        features: tuple[Tensor, Tensor], transform: Transform, grid: Grid, focus: Focus | None
     ) -> Float[Tensor, "b"]:
         seen = objectives.image_refinement(
             (compared[0], compared[1]), transform, grid, focus, "local_ncc", settings.window_vox
@@ -73,7 +74,7 @@ def loss_of(
     grid: Grid,
     settings: Refinement,
     loss: Loss,
-    focus: objectives.Focus | None,
+    focus: Focus | None,
 ) -> Float[Tensor, "b"]:
     """What is minimised: the loss of the maps, and the bending energy of the steps."""
     terms = {"features": loss(features, transform, grid, focus)} | objectives.regulariser(steps, grid, settings.bending)

@@ -7,12 +7,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from regteach import objectives
+from regteach.focus import Focus
 from regteach.grid import Grid
 from regteach.result import Result
 from regteach.transforms import Transform
 
 MODES = ("parameters", "corrections", "greedy", "weights")
-Loss = Callable[[tuple[Tensor, Tensor], Transform, Grid, objectives.Focus | None], Float[Tensor, "b"]]
+Loss = Callable[[tuple[Tensor, Tensor], Transform, Grid, Focus | None], Float[Tensor, "b"]]
 Watch = Callable[[int, Transform], None]  # called with the number of steps taken, and the transform as it is
 
 
