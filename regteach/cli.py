@@ -110,8 +110,8 @@ class Register:
     """Name of a model, or a .safetensors file; `regteach evaluate` lists the names."""
     out: Path = Path("registration")
     """Folder for warped.nii.gz, displacement.nii.gz (ITK and ANTs read it) and report.json."""
-    refine: int = 50
-    """Steps of refinement on this pair; 0 is one pass of the network."""
+    refine: int | None = None
+    """Steps of refinement on this pair instead of the recommended ones; 0 is one pass of the network."""
     labels: Path | None = None
     """Label map on the moving image's grid; it is warped by nearest voxel to warped_labels.nii.gz."""
     device: str = "auto"

@@ -66,6 +66,14 @@ class CohortTask:
             raise ValueError(
                 f"{self.recipe.name} reads {config.channels} channels, but {cohort.name} has {cohort.images.shape[1]}."
             )
+        if self.recipe.imitate and self.recipe.augmentation.synthetic:
+            raise ValueError(f"{self.recipe.name} imitates what it sees in a twin: no contrasts are drawn anew.")
+        if self.recipe.weights and isinstance(config, GeoRegConfig):
+            levels, begin = len(config.widths), len(self.recipe.coarse_first)
+            if len(self.recipe.weights) != levels or not sum(self.recipe.weights[begin:]) > 0:
+                raise ValueError(
+                    f"{self.recipe.name} has {levels} levels: as many weights, and one above 0 at those that begin."
+                )
         if not cohort.pairs("train"):
             raise ValueError(f"{cohort.name} has no pair of two people to train on.")
 
@@ -255,7 +263,13 @@ def start_from(built: nn.Module, model: Model) -> None:
     of_level = re.compile(r"deform\.\d+\.")
     known_levels = {found[0] for key in weights if (found := of_level.match(key))}
     new = {key for key in own if (found := of_level.match(key)) and found[0] not in known_levels}
+    # What is left over may only be steps of a level at which the new network takes none, or the copy of an encoder.
+    of_own = {found[0] for key in own if (found := of_level.match(key))}
+    spare = {key for key in weights if key not in own}
+    spare -= {key for key in spare if (found := of_level.match(key)) and found[0] not in of_own}
     try:
+        if spare:
+            raise KeyError(spare)
         built.load_state_dict({key: own[key] if key in new else both[key] for key in own})
     except (KeyError, RuntimeError):
         raise ValueError(f"The weights of {model.name} do not fit the network that was to start from them.") from None

@@ -68,5 +68,5 @@ def _edges(seen: Tensor, axis: int, margin: int, levels: int) -> slice:
     start, stop = max(0, first - margin) // cube * cube, min(n, -(-(last + 1 + margin) // cube) * cube)
     if stop - start < 2 * cube:
         start = max(0, min(start, (n - 2 * cube) // cube * cube))
-        stop = min(n, start + 2 * cube)
+        stop = max(stop, min(n, start + 2 * cube))
     return slice(start, stop)

@@ -25,6 +25,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from regteach import regularity
+from regteach.affine import Affine
 from regteach.focus import Focus
 from regteach.grid import Grid
 from regteach.result import Result, Step, after_each, assemble, composed
@@ -359,8 +360,9 @@ def averaged(maps: Tensor, factor: int) -> Tensor:
 
 
 def _bending(transform: Transform, grid: Grid) -> Float[Tensor, "b"] | None:
+    if isinstance(transform, Affine):
+        return None
     if isinstance(transform, FreeForm):
         return regularity.bending_energy_spline(transform.coefficients, transform.grid, grid)
-    if isinstance(transform, Dense | Velocity):
-        return regularity.bending_energy(displacement(transform, transform.grid), transform.grid)
-    return None
+    own = transform.grid if isinstance(transform, Dense | Velocity) else grid
+    return regularity.bending_energy(displacement(transform, own), own)

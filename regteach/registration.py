@@ -184,7 +184,7 @@ def register(
     moving: Source,
     fixed: Source,
     model: Model | str | PathLike[str],
-    refine: int | Refinement = 0,
+    refine: int | Refinement | None = 0,
     device: torch.device | str = "auto",
     points: tuple[Table, Table] | None = None,
 ) -> Registration:
@@ -195,7 +195,8 @@ def register(
             and spacing. Their world coordinates hold, unless they lie far apart: then the middles are aligned first,
             and the report says so.
         model: a loaded model, its name, or the path of its file.
-        refine: steps of test-time refinement, with the model's recommended settings, or settings of your own.
+        refine: test-time refinement: None as the model recommends it; a number of steps, else as recommended (of a
+            greedy search, of the last and finest steps; 0 is none at all); or settings of your own.
         device: "auto" takes a GPU where there is one.
         points: correspondences that you know, for models of keypoints: positions in the fixed and in the moving image,
             ``n d`` each, world mm. The result goes through them, or nearly so.
@@ -208,7 +209,9 @@ def register(
     begun = time.perf_counter()
     on = _device(device)
     model = (model if isinstance(model, Model) else load(model)).to(on)
-    settings = refine if isinstance(refine, Refinement) else replace(model.refinement, steps=int(refine))
+    settings = model.refinement if refine is None else refine
+    if not isinstance(settings, Refinement):
+        settings = replace(model.refinement, steps=int(settings))
     pair = {"moving": as_volume(moving, "the moving image"), "fixed": as_volume(fixed, "the fixed image")}
     _check(pair, model)
     if points is not None and not isinstance(model.network, KeypointKernel):
@@ -227,7 +230,7 @@ def register(
     start = _moved(start, on)
     images = {"moving": readers["moving"](start), "fixed": readers["fixed"](Identity(grid.dim))}
     where = None if given is None else in_working_frame(given, grid, start, on)
-    result, curve = _found(model, [images["moving"], images["fixed"]], grid, settings, where)
+    result, curve, taken = _found(model, [images["moving"], images["fixed"]], grid, settings, where)
 
     mapping = Compose((result.transform, start))
     after = readers["moving"](mapping)
@@ -244,7 +247,7 @@ def register(
             "after": _number(objectives.refinement(result.features, result.transform, grid)),
         },
         **_regularity(det),
-        "refinement_steps": settings.steps,
+        "refinement_steps": taken,
         "refinement_mode": settings.mode if settings.steps else None,
         "curve": curve,
         "start": f"middles aligned ({far_mm:.1f} mm apart)" if isinstance(start, Affine) else "world coordinates",
@@ -343,11 +346,12 @@ def _described(grid: Grid) -> str:
 
 def _found(
     model: Model, images: list[Tensor], grid: Grid, settings: Refinement, points: tuple[Tensor, Tensor] | None
-) -> tuple[Any, list[float]]:
+) -> tuple[Any, list[float], int]:
+    """The result, the curve of its refinement, and how many steps that took."""
     with torch.no_grad():
         result = model.network(*images, grid, **({} if points is None else {"points": points}))
     if settings.steps == 0:
-        return result, []
+        return result, [], 0
     if points is not None and settings.mode != "parameters":
         raise ValueError(
             f"Refinement in mode {settings.mode!r} would forget the points that are given: use 'parameters'."
@@ -357,7 +361,7 @@ def _found(
     if isinstance(found.transform, KeypointTransform):  # dense once, not whenever it is asked
         with torch.no_grad():
             found = replace(found, transform=Dense(displacement(found.transform, grid), grid))
-    return found, [round(float(value), 6) for value in refined.curve[:, 0]]
+    return found, [round(float(value), 6) for value in refined.curve[:, 0]], int(refined.stopped[0])
 
 
 def _moved(transform: Any, device: torch.device) -> Any:

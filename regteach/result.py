@@ -33,11 +33,13 @@ class Step:
         parameters: ``b ...``, unbounded numbers; all zeros is the identity.
         build: makes a transform (fixed to moving, mm) of such a tensor.
         join: makes the transform after this step of the one before it and of its own.
+        own_pairs: ``build`` knows the pairs of this batch, and serves no other.
     """
 
     parameters: Tensor
     build: Callable[[Tensor], Transform]
     join: Callable[[Transform, Transform], Transform] = composed
+    own_pairs: bool = False
 
 
 def dense_step(displacement: Float[Tensor, "b *grid d"], grid: Grid) -> Step:

@@ -79,6 +79,9 @@ def sample(
             for labels.
         padding: what lies outside: ``"border"`` repeats the outermost voxel, ``"zeros"`` fades to 0 within one voxel.
 
+    Returns:
+        The values; nan where a position is nan.
+
     Raises:
         ValueError: if shapes do not fit, or order or padding is unknown.
     """
@@ -95,6 +98,9 @@ def sample(
     half = torch.tensor(grid.shape, device=points.device, dtype=points.dtype) / 2
     unit = (mm_to_vox(points, grid) + 0.5) / half - 1
     unit = unit.flip(-1).to(image.dtype).reshape(points.shape[0], -1, *[1] * (grid.dim - 1), grid.dim)
+    # torch would read a voxel at the border there, as if all were well, and its gradient in 2D ends the process.
+    nowhere = unit.isnan()
+    unit = unit.masked_fill(nowhere, 0)
     mode = "bilinear" if order == 1 else "nearest"  # in 3D torch calls trilinear "bilinear" too
     if batch == 1:
         out = _grid_sample_in_parts(image, unit, mode, padding)
@@ -102,6 +108,7 @@ def sample(
         image = image.expand(batch, *image.shape[1:])
         unit = unit.expand(batch, *unit.shape[1:])
         out = F.grid_sample(image, unit, mode=mode, padding_mode=padding, align_corners=False)
+    out = out.flatten(2).masked_fill(nowhere.any(-1).flatten(1)[:, None], torch.nan)
     return out.reshape(batch, image.shape[1], *where)
 
 
@@ -220,10 +227,15 @@ def _grid_sample_in_parts(image: Tensor, unit: Tensor, mode: str, padding: str) 
 
 
 def _smooth_axis(image: Tensor, sigma_vox: float, axis: int) -> Tensor:
-    radius = max(1, int(4 * sigma_vox + 0.5))
-    offsets = torch.arange(-radius, radius + 1, device=image.device, dtype=image.dtype)
-    kernel = torch.exp(-0.5 * (offsets / sigma_vox) ** 2)
+    """A product with the matrix that holds one shifted kernel a row.
+
+    Ten times as fast on a CPU as a convolution of one channel, and on a GPU not rounded to TF32, as convolutions are:
+    displacements are smoothed here, too.
+    """
+    n, radius = image.shape[axis], max(1, int(4 * sigma_vox + 0.5))
+    offsets = torch.arange(-radius, radius + 1, device=image.device)
+    kernel = torch.exp(-0.5 * (offsets.to(image.dtype) / sigma_vox) ** 2)
     kernel = kernel / kernel.sum()
-    rows = image.movedim(axis, -1)
-    flat = F.pad(rows.reshape(-1, 1, rows.shape[-1]), (radius, radius), mode="replicate")
-    return F.conv1d(flat, kernel.reshape(1, 1, -1)).reshape(rows.shape).movedim(-1, axis)
+    read = (torch.arange(n, device=image.device)[:, None] + offsets).clamp(0, n - 1)  # the border is repeated
+    matrix = kernel.new_zeros(n, n).scatter_add_(1, read, kernel.expand(n, -1))
+    return (image.movedim(axis, -1) @ matrix.mT).movedim(-1, axis)

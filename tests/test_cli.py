@@ -144,6 +144,12 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 LINE = "register moving.nii.gz fixed.nii.gz --model model.safetensors --refine 5"
 
 
+def test_register_refines_as_the_model_recommends(files: Path) -> None:
+    assert cli.main(LINE.replace(" --refine 5", "").split()) == 0
+    report = json.loads((files / "registration" / "report.json").read_text())
+    assert report["refinement_steps"] == untrained(2).refinement.steps
+
+
 def test_register_end_to_end(files: Path, capsys) -> None:
     assert cli.main(f"{LINE} --labels labels.nii.gz --out some/where".split()) == 0
     out = files / "some" / "where"

@@ -21,6 +21,7 @@ from regteach.sampling import warp
 from regteach.similarity import local_ncc, ncc
 from regteach.training import Settings
 
+MAPS = ISTNConfig(Grid((16, 16)), (AffineStage(widths=(4, 8), hidden=8),), itn=(4, 8))
 SMALL = GeoRegConfig(Grid((16, 16)), (4, 8, 8), (0, 3, 3), (3, 3))
 
 
@@ -74,6 +75,23 @@ def test_weights_that_do_not_fit_get_one_sentence() -> None:
         with pytest.raises(ValueError, match="weights of first do not fit") as error:
             start_from(network(SMALL), Model("first", shaken(other)))
         assert one_sentence(error.value)
+
+
+def test_weights_that_would_be_left_over_do_not_fit() -> None:
+    for more, less in (
+        (replace(SMALL, encoders=2), SMALL),
+        (replace(MAPS, itn=(4, 8)), replace(MAPS, itn=())),
+    ):
+        with pytest.raises(ValueError, match="weights of first do not fit"):
+            start_from(network(less), Model("first", network(more)))
+
+
+def test_steps_of_a_level_that_takes_none_any_more_are_left_behind() -> None:
+    torch.manual_seed(0)
+    first, built = shaken(replace(SMALL, windows=(3, 3, 3))), network(SMALL)
+    start_from(built, Model("first", first))
+    for key, value in built.state_dict().items():
+        assert torch.equal(value, first.state_dict()[key])
 
 
 def noise() -> Cohort:
@@ -155,6 +173,24 @@ def test_the_weights_of_the_levels_count() -> None:
     torch.testing.assert_close(terms["image"], finest)
 
 
+@pytest.mark.parametrize(("weights", "late"), [((1.0, 1.0), ()), ((1.0, 0.0, 0.0), (5,)), ((0.0, 0.0, 0.0), ())])
+def test_levels_without_a_weight_are_said(weights: tuple[float, ...], late: tuple[int, ...]) -> None:
+    recipe = Recipe("levels", "noise", "unsupervised", SMALL, Settings(steps=2, batch=2))
+    with pytest.raises(ValueError, match="has 3 levels: as many weights") as error:
+        CohortTask(replace(recipe, weights=weights, coarse_first=late), noise())
+    assert one_sentence(error.value)
+
+
+def test_contrasts_drawn_anew_are_not_imitated() -> None:
+    recipe = find_recipe("georeg-brains-t1t2")
+    drawn = replace(
+        recipe, config=replace(recipe.config, grid=Grid((16, 16))), augmentation=Augmentation(synthetic=1.0)
+    )
+    twins = replace(noise(), twins=(0, 1, 2, 3))
+    with pytest.raises(ValueError, match="no contrasts are drawn anew"):
+        CohortTask(drawn, twins)
+
+
 @pytest.mark.parametrize("window_vox", [3, 9])
 def test_a_recipe_says_in_what_windows_images_are_compared(window_vox: int) -> None:
     config = replace(SMALL, similarity="local_ncc")
@@ -166,8 +202,6 @@ def test_a_recipe_says_in_what_windows_images_are_compared(window_vox: int) -> N
 
 
 # ---- parts that rest ----
-
-MAPS = ISTNConfig(Grid((16, 16)), (AffineStage(widths=(4, 8), hidden=8),), itn=(4, 8))
 
 
 @pytest.mark.parametrize("resting", [(), ("itn",), ("stages",)])

@@ -8,7 +8,8 @@ from torch import Tensor
 from truths.fields import GRIDS, positions
 
 from regteach.grid import Grid
-from regteach.refinement.greedy import descend
+from regteach.refinement.greedy import _brought, descend
+from regteach.sampling import grid_points
 from regteach.transforms import Dense, jacobian_determinant
 
 STILL = (0.0, 0.0)
@@ -102,3 +103,22 @@ def test_smooth_composed_steps_do_not_fold_where_added_ones_do():
         added = added + descend(torch.zeros_like(pull), pull, grid, 0.4, (1.7, 0.0))
     assert jacobian_determinant(Dense(composed, grid), grid).min() > 0
     assert jacobian_determinant(Dense(added, grid), grid).min() < 0
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-12, 1e12])
+def test_the_size_of_a_slope_does_not_count(size: float) -> None:
+    grid = GRIDS[2]
+    slope = torch.randn(1, *grid.shape, 2)
+    start = torch.zeros_like(slope)
+    once, again = (descend(start, slope * s, grid, 0.5, (1.0, 0.5)) for s in (1.0, size))
+    torch.testing.assert_close(again, once, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("shape", "factor"), [((28, 28), 8), ((20, 18, 16), 8), ((22, 28), 8), ((11, 12), 4)])
+def test_a_linear_displacement_is_brought_to_a_coarser_level_as_it_is(shape: tuple[int, ...], factor: int) -> None:
+    """Also where cubes do not fill the grid: what is left over is cut off, and nothing moves."""
+    grid = Grid(shape, (1.0, 1.5, 2.0)[: len(shape)], (3.0, -4.0, 5.0)[: len(shape)])
+    coarse = grid.coarsened(factor)
+    slopes = torch.tensor([[0.3, -0.1, 0.2], [0.0, 0.2, 0.1], [-0.2, 0.1, 0.4]])[: grid.dim, : grid.dim]
+    brought = _brought((grid_points(grid) @ slopes)[None], grid, coarse)
+    torch.testing.assert_close(brought, (grid_points(coarse) @ slopes)[None], rtol=1e-5, atol=1e-5)

@@ -17,7 +17,7 @@ from regteach.objectives import istn, pyramid_mse, refinement, regulariser, rela
 from regteach.regularity import bending_energy, bending_energy_spline_plain
 from regteach.result import Result, Step, assemble
 from regteach.sampling import grid_points
-from regteach.transforms import Dense, FreeForm
+from regteach.transforms import Dense, FreeForm, Identity
 
 F64 = torch.float64
 BIG = {2: Grid((16, 24), (1.0, 1.5), (-3.0, 5.0)), 3: Grid((16, 9, 20), (1.0, 1.5, 2.0), (-3.0, 5.0, 10.5))}
@@ -427,3 +427,12 @@ def test_positions_are_untouched():
         result = Result(assemble((step,)), (m["M'"], m["F'"]), (step,))
         values.append(total(istn("implicit", result, (m["M"], m["F"]), (m["S_M"], m["S_F"]), grid)))
     torch.testing.assert_close(*values)
+
+
+@pytest.mark.parametrize("n", [20, 27, 28, 30, 32])
+def test_a_focus_holds_what_is_shown_wherever_it_lies(n: int) -> None:
+    for first in range(n - 1):
+        image = torch.zeros(1, 1, n, 32)
+        image[..., first : first + 2, 10:12] = 1
+        focus = focus_on((image, image), Identity(2), Grid((n, 32)), 1.0, objectives.LEVELS)
+        assert image[(slice(None), slice(None), *focus.voxels)].sum() == 4

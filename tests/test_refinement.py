@@ -828,3 +828,66 @@ def test_only_a_greedy_search_begins_twice(mode):
     with pytest.raises(ValueError, match="Second searches are for greedy") as caught:
         Refinement(mode=mode, restart=True)
     assert one_sentence(caught.value, mode)
+
+
+# What would go wrong unseen
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"rate": 0.0},
+        {"rate": -0.5},
+        {"rate": math.nan},
+        {"rate": math.inf},
+        {"bending": -1.0},
+        {"bending": math.nan},
+        {"focus_mm": -6.0},
+        {"focus_mm": math.nan},
+        {"coarsen": 0},
+        {"window_vox": 4},
+        {"window_vox": 0},
+        {"patience": -1},
+        {"tolerance": -1.0},
+    ],
+)
+def test_settings_that_make_no_sense_get_one_sentence(wrong):
+    with pytest.raises(ValueError) as caught:
+        Refinement(**wrong)
+    assert one_sentence(caught.value)
+
+
+def test_a_search_that_began_nowhere_keeps_the_one_from_nothing():
+    grid = GRIDS[2]
+    moving, fixed = three_pairs(grid)
+    model = network(grid)
+    nowhere = replace(model(moving, fixed, grid), transform=Dense(torch.full((3, *grid.shape, 2), torch.nan), grid))
+    found = refine(model, nowhere, grid, replace(GREEDY, restart=True))
+    torch.testing.assert_close(found.loss, refine(model, model(moving, fixed, grid), grid, GREEDY).loss)
+    assert both(found.result, grid).isfinite().all()
+
+
+def test_corrections_have_grids_on_which_bending_can_be_measured():
+    grid = Grid((8, 32))
+    assert [step.parameters.shape[1:3] for step in corrections(Identity(2), grid)] == [(8, 32), (4, 16), (8, 32)]
+    moving, fixed = pairs_of(grid, known(grid, [[1.0]], [0.5, 1.0]))
+    model = network(grid)
+    settings = Refinement(3, "corrections", rate=0.1, bending=1.0)
+    assert refine(model, model(moving, fixed, grid), grid, settings).curve.isfinite().all()
+
+
+def test_a_focus_does_not_change_the_price_of_bending():
+    grid = ROOMY[2]
+    moving, fixed = (image[:1] for image in two_balls(grid))
+    model = network(grid)
+    hill = torch.exp(-(grid_points(grid) - grid_points(grid)[16, 12]).square().sum(-1) / 8)
+    begun = replace(model(moving, fixed, grid), transform=Dense(0.5 * hill[None, ..., None].expand(1, -1, -1, 2), grid))
+
+    def price(settings: Refinement) -> Tensor:
+        free, dear = (refine(model, begun, grid, replace(settings, bending=weight)).curve[0] for weight in (0.0, 10.0))
+        return dear - free
+
+    near = replace(NEAR, steps=1, coarser=(), focus_mm=12.0)
+    assert focus_on((moving, fixed), begun.transform, grid, 12.0, levels=1).grid.size < 0.8 * grid.size
+    torch.testing.assert_close(price(near), price(replace(near, focus_mm=0.0)), rtol=0.05, atol=1e-6)
+    assert price(near) > 1e-4

@@ -71,6 +71,18 @@ def test_a_known_affine_is_found_to_less_than_a_voxel(found) -> None:
     assert np.percentile(error, 90) < min(NETS[result.fixed.grid.dim].spacing)
 
 
+def test_none_refines_as_the_model_recommends_and_the_report_counts_every_step() -> None:
+    moving, fixed = pairs.pair(2, Motion.of(2))
+    own = Refinement(4, "greedy", 0.5, coarser=(2, 3))
+    model = replace(AFFINE[2], refinement=own)
+    chosen, recommended = (register((moving, MOVING[2]), (fixed, FIXED[2]), model, refine=r) for r in (own, None))
+    np.testing.assert_array_equal(recommended.displacement(), chosen.displacement())
+    assert recommended.report["refinement_steps"] == 4 + 2 + 3
+    assert recommended.report["refinement_mode"] == "greedy"
+    once = register((moving, MOVING[2]), (fixed, FIXED[2]), model)
+    assert once.report["refinement_steps"] == 0
+
+
 def test_what_is_warped_matches_the_fixed_image_better(found) -> None:
     result, _, _ = found
     warped, fixed = result.warp(), result.fixed.data

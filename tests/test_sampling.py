@@ -387,3 +387,38 @@ def test_grid_sample_is_called_in_one_module_only():
     package = Path(sampling.__file__).parent
     callers = {path.name for path in package.rglob("*.py") if re.search(r"\bgrid_sample\(", path.read_text("utf-8"))}
     assert callers == {"sampling.py"}
+
+
+@pytest.mark.parametrize("order", [0, 1])
+@pytest.mark.parametrize("dim", [2, 3])
+def test_nowhere_reads_nan_and_nothing_else_does(dim: int, order: int) -> None:
+    """Also backwards, where torch's own gradient at nan positions ends the process in 2D."""
+    grid = GRIDS[dim]
+    image = torch.rand(2, 1, *grid.shape, requires_grad=True)
+    points = points_inside(grid, 5, dtype=torch.float32)
+    expected = sampling.sample(image, points, grid, order=order)
+    points[0, 3, dim - 1] = torch.nan
+    points.requires_grad_()
+    found = sampling.sample(image, points, grid, order=order)
+    assert found[:, :, 3].isnan().all()
+    rest = [0, 1, 2, 4]
+    assert torch.equal(found[:, :, rest], expected[:, :, rest])
+    found.nansum().backward()
+    assert image.grad is not None
+    assert image.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("sigma", [0.3, 1.0, 2.7])
+def test_smoothing_is_the_convolution_with_a_gaussian(sigma: float) -> None:
+    """The plain form: the border repeated, one kernel after the other; also where it is wider than the image."""
+    grid = Grid((9, 40))
+    image = torch.rand(2, 3, *grid.shape, dtype=torch.float64)
+    radius = max(1, int(4 * sigma + 0.5))
+    kernel = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, dtype=torch.float64) / sigma) ** 2)
+    kernel = (kernel / kernel.sum()).reshape(1, 1, -1)
+    plain = image
+    for axis in (2, 3):
+        rows = plain.movedim(axis, -1)
+        flat = F.pad(rows.reshape(-1, 1, rows.shape[-1]), (radius, radius), mode="replicate")
+        plain = F.conv1d(flat, kernel).reshape(rows.shape).movedim(-1, axis)
+    torch.testing.assert_close(sampling.smooth(image, sigma, grid), plain)

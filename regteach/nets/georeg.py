@@ -101,6 +101,8 @@ class GeoRegConfig:
             raise ValueError(f"Iterations are one number for each of the {levels} levels, or none at all.")
         if not self.windows[-1]:
             raise ValueError("The coarsest level has nothing to interpolate from: its window can not be 0.")
+        if self.iterations and not self.iterations[-1]:
+            raise ValueError("The coarsest level has nothing to interpolate from: it takes 1 step or more.")
         if min(*self.windows, *self.parents, *self.iterations) < 0 or any(
             width % 2 or width < 2 for width in self.widths
         ):
@@ -237,7 +239,8 @@ class GeoReg(nn.Module):
         """Positions from the parents: linear, and corrected by attention to them; and the correction, mm."""
         moved = parent.displacement.detach() if self.config.supervision == "within" else parent.displacement
         if self.config.carry:
-            told = self.hand_down[level](parent.state.movedim(1, -1)).movedim(-1, 1)
+            state = parent.state.detach() if self.config.supervision == "within" else parent.state
+            told = self.hand_down[level](state.movedim(1, -1)).movedim(-1, 1)
             here = replace(here, own=here.own + sample(told, grid_points(here.grid, told.device)[None], parent.grid))
         here = replace(here, displacement=upsampled(moved, parent.grid, here.grid), state=here.own)
         if isinstance(self.inherit[level], nn.Identity):

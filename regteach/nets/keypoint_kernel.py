@@ -207,7 +207,7 @@ class KeypointKernel(nn.Module):
         most = max(one.free for one in found)
         parameters = [F.pad(one.displacements_mm[: one.free], (0, 0, 0, most - one.free)) for one in found]
         build = partial(KeypointTransform, fields=found, grid=grid, weights=remembered_weights(found))
-        step = Step(torch.stack(parameters), build)
+        step = Step(torch.stack(parameters), build, own_pairs=True)
         dense = Dense(torch.stack([one.on(grid) for one in found]), grid)
         return Result(dense, (moving, fixed), (step,))
 

@@ -1,7 +1,7 @@
 """Refinement by Adam: of the transform's parameters, of corrections to it, or of the weights that predict it."""
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
@@ -36,7 +36,7 @@ def corrections(transform: Transform, grid: Grid) -> tuple[Step, ...]:
     """
     found = displacement(transform, grid)
     grids = [
-        grid.coarsened(factor) for factor in COARSER if all(n % factor == 0 and n >= 2 * factor for n in grid.shape)
+        grid.coarsened(factor) for factor in COARSER if all(n % factor == 0 and n >= 3 * factor for n in grid.shape)
     ]
     return (dense_step(found, grid), *(dense_step(found.new_zeros(len(found), *g.shape, g.dim), g) for g in grids))
 
@@ -54,14 +54,18 @@ def refine_parameters(
     compared, coarse = compared_maps(features, grid, settings)
     focus = focus_of(assemble(steps), compared, coarse, settings)
 
-    def now(count: int) -> tuple[Tensor, tuple[Step, ...]]:
-        current = tuple(replace(step, parameters=z) for z, step in zip(turned, steps, strict=True))
+    def with_parameters(numbers: Sequence[Tensor]) -> tuple[Step, ...]:
+        return tuple(replace(step, parameters=z) for z, step in zip(numbers, steps, strict=True))
+
+    def now(count: int) -> Tensor:
+        current = with_parameters(turned)
         transform = assemble(current)
         if watch is not None:
             watch(count, transform)
-        return loss_of(current, transform, compared, coarse, settings, loss, focus), current
+        return loss_of(current, transform, compared, coarse, settings, loss, focus)
 
-    return _by_adam(turned, now, features, settings)
+    keeper = _by_adam(turned, now, settings)
+    return keeper.refined(with_parameters(keeper.best), features)
 
 
 def refine_weights(
@@ -76,38 +80,44 @@ def refine_weights(
     """Turn the weights of the part that aligns: a copy for each pair. The ITN takes no part: its maps are given."""
     if len(features[0]) > 1:
         watch_one(watch)
+        with torch.no_grad():
+            moving, fixed = pair_of(features, 0)
+            one = given.align(moving, fixed, grid)
+        if any(step.own_pairs for step in one.steps):
+            raise ValueError("The weights of this model are refined for one pair at a time.")
         alone = partial(refine_weights, given, grid=grid, settings=settings, loss=loss, watch=None)
         return joined([alone(pair_of(features, i), pair_of(images, i)) for i in range(len(features[0]))])
     model: Any = copy.deepcopy(given)
+    turned = list(model.requires_grad_(True).parameters())
     compared, coarse = compared_maps(features, grid, settings)
     both = with_images(loss, images, settings)
     with torch.no_grad():
         focus = focus_of(model.align(*features, grid).transform, compared, coarse, settings)
 
-    def now(count: int) -> tuple[Tensor, tuple[Step, ...]]:
+    def now(count: int) -> Tensor:
         result = model.align(*features, grid)
         if watch is not None:
             watch(count, result.transform)
-        return loss_of(result.steps, result.transform, compared, coarse, settings, both, focus), result.steps
+        return loss_of(result.steps, result.transform, compared, coarse, settings, both, focus)
 
-    return _by_adam(model.requires_grad_(True).parameters(), now, features, settings)
+    keeper = _by_adam(turned, now, settings)
+    with torch.no_grad():
+        for weight, best in zip(turned, keeper.best, strict=True):
+            weight.copy_(best.reshape(weight.shape))
+        # Asked once more, and not put together of remembered numbers: a step may know more of its pair than those.
+        return keeper.refined(model.align(*features, grid).steps, features)
 
 
-def _by_adam(
-    turned: Iterable[Tensor],
-    now: Callable[[int], tuple[Tensor, tuple[Step, ...]]],
-    features: tuple[Tensor, Tensor],
-    settings: Refinement,
-) -> Refined:
-    """Turn numbers until the loss is low: ``now``, of the count of turns, says how low it is, and by which steps."""
+def _by_adam(turned: Sequence[Tensor], now: Callable[[int], Tensor], settings: Refinement) -> Keeper:
+    """Turn numbers until the loss is low: ``now``, of the count of turns, says how low it is, for each pair."""
     optimiser = torch.optim.Adam(turned, lr=settings.rate)
     keeper = Keeper(settings)
     with torch.enable_grad():
         for count in range(settings.steps + 1):
-            losses, steps = now(count)
-            if keeper.note(losses, [step.parameters.detach() for step in steps]) or count == settings.steps:
+            losses = now(count)
+            if keeper.note(losses, [z.detach() for z in turned]) or count == settings.steps:
                 break
             optimiser.zero_grad()
             losses.sum().backward()
             optimiser.step()
-    return keeper.refined(steps, features)
+    return keeper

@@ -61,6 +61,8 @@ def refine_greedily(
         found, here = _brought(found, here, coarse), coarse
         both, focus = with_images(loss, images, at), focus_of(Dense(found, here), compared, here, at)
         box, part = (focus.grid, focus.voxels) if focus else (here, (...,))
+        # The bending is a mean over the voxels of the box, and counts as one over all of them: outside nothing moves.
+        at = replace(at, bending=at.bending * box.size / here.size)
         near = found[(slice(None), *part)]
         keeper = Keeper(at)
         for count in range(steps + 1):
@@ -103,10 +105,12 @@ def descend(
     Returns:
         The new displacement, mm. Where the slope is 0 everywhere, nothing moves, but u is still smoothed.
     """
-    spacing = slope.new_tensor(grid.spacing)
+    spacing, tiny = slope.new_tensor(grid.spacing), torch.finfo(slope.dtype).tiny
     update = -smooth_field(slope, smoothing_vox[0], grid)
+    # By its largest number first: the square of a tiny one is 0.
+    update = update / update.abs().flatten(1).amax(1).clamp_min(tiny).reshape(-1, *[1] * (grid.dim + 1))
     # Much faster than torch.norm along an axis of two or three.
-    furthest = (update / spacing).square().sum(-1).flatten(1).amax(1).sqrt().clamp_min(torch.finfo(slope.dtype).tiny)
+    furthest = (update / spacing).square().sum(-1).flatten(1).amax(1).sqrt().clamp_min(tiny)
     update = update * (rate_vox / furthest).reshape(-1, *[1] * (grid.dim + 1))
     there = (grid_points(grid, update.device)[None] + update).flatten(1, -2)
     composed = Dense(displacement, grid)(there).unflatten(1, grid.shape) - grid_points(grid, update.device)
@@ -145,4 +149,5 @@ def _brought(field: Float[Tensor, "b *here d"], here: Grid, there: Grid) -> Floa
         return field
     if there.shape > here.shape:
         return upsampled(field, here, there)
-    return objectives.averaged(field.movedim(-1, 1), here.shape[0] // there.shape[0]).movedim(1, -1)
+    factor = round(there.spacing[0] / here.spacing[0])  # shapes would not tell: what no cube covers is cut off
+    return objectives.averaged(field.movedim(-1, 1), factor).movedim(1, -1)

@@ -12,7 +12,10 @@ from regteach.result import Result, Step, assemble
 
 
 class Keeper:
-    """Remembers, for each pair, the curve, the best parameters so far, and when it stopped falling."""
+    """Remembers, for each pair, the curve, the best numbers so far, and when it stopped falling.
+
+    A loss that is nan is worse than any other.
+    """
 
     def __init__(self, settings: Refinement) -> None:
         self.settings = settings
@@ -21,7 +24,7 @@ class Keeper:
 
     def note(self, losses: Tensor, parameters: list[Tensor]) -> bool:
         """Take in one evaluation; True once every pair has stopped."""
-        losses = losses.detach()
+        losses = losses.detach().nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
         if not self.curve:
             self.lowest, self.reference = losses.clone(), losses.clone()
             self.best = [z.clone() for z in parameters]
@@ -45,9 +48,8 @@ class Keeper:
             self.running = self.running & (self.since < self.settings.patience)
         return not bool(self.running.any())
 
-    def refined(self, steps: tuple[Step, ...], features: tuple[Tensor, Tensor]) -> Refined:
-        """What there is to return."""
-        best = tuple(replace(step, parameters=z) for z, step in zip(self.best, steps, strict=True))
+    def refined(self, best: tuple[Step, ...], features: tuple[Tensor, Tensor]) -> Refined:
+        """What there is to return, given the steps of each pair's lowest loss."""
         return Refined(Result(assemble(best), features, best), torch.stack(self.curve), self.taken, self.lowest)
 
 

@@ -1,5 +1,6 @@
 """How to refine, and what comes of it."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -38,6 +39,7 @@ class Refinement:
             what is finer.
         pyramid: how many resolutions of the maps are compared at once, each half as fine as the one before. A greedy
             search that begins coarsely has seen the coarse ones: 1 is enough for it, and lets it look at what is fine.
+            Images, which are compared by a similarity, are compared as they are.
         coarser: greedy steps before the others, on images averaged over cubes of 2 voxels (the last of these numbers),
             of 4 (the one before it), and so on: cheap, and far-sighted.
         restart: search a second time, greedily, from the identity, and keep of each pair what ends with the lower loss.
@@ -76,6 +78,14 @@ class Refinement:
             raise ValueError(f"{said} are for greedy refinement, not for that of {self.mode}.")
         if min(self.coarser, default=1) < 1 or min(self.smoothing_vox) < 0:
             raise ValueError("Coarser levels take 1 step or more each, and a smoothing is 0 or more.")
+        if not 0 < self.rate < math.inf:
+            raise ValueError(f"A rate is a finite number above 0, not {self.rate}.")
+        if not (0 <= self.bending < math.inf and 0 <= self.focus_mm < math.inf):
+            raise ValueError("A weight of the bending and the margin of a focus are finite numbers of 0 or more.")
+        if self.coarsen < 1 or self.window_vox < 1 or self.window_vox % 2 == 0:
+            raise ValueError("Maps are averaged over cubes of 1 voxel or more; a window is an odd number of voxels.")
+        if self.patience < 0 or not 0 <= self.tolerance < math.inf:
+            raise ValueError("A patience and a tolerance are 0 or more.")
         if self.pyramid < 1:
             raise ValueError(f"Maps are compared at 1 resolution or more, not {self.pyramid}.")
         if self.steps < 0:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
+from truths.fields import one_sentence
 
 from regteach import objectives
 from regteach.checkpoints import Model, load, save_model
@@ -224,6 +225,20 @@ def test_gradients_cross_levels_only_across(supervision: str, reaches: bool) -> 
     terms["image"].sum().backward()
     coarsest = net.deform[-1].head[-1].weight.grad
     assert (coarsest is not None and bool(coarsest.abs().sum() > 0)) is reaches
+
+
+def test_features_that_are_carried_down_hold_no_gradient_within_levels() -> None:
+    net = net_of(replace(FLAT, supervision="within", carry=True), moving=True)
+    terms = objectives.multiscale(net(*images(FLAT), FLAT.grid), FLAT.grid, weights=(1, 0, 0), across=False)
+    terms["image"].sum().backward()
+    assert all(p.grad is None or not p.grad.any() for p in net.deform[-1].parameters())
+    assert any(p.grad is not None and p.grad.any() for p in net.hand_down[0].parameters())
+
+
+def test_the_coarsest_level_takes_a_step() -> None:
+    with pytest.raises(ValueError, match="takes 1 step or more") as caught:
+        replace(FLAT, iterations=(0, 2, 0))
+    assert one_sentence(caught.value)
 
 
 @EACH

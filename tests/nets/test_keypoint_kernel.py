@@ -25,6 +25,7 @@ from regteach.nets.keypoint_kernel import (
     Scale,
 )
 from regteach.refinement import Refinement, refine
+from regteach.regularity import bending_energy
 from regteach.sampling import flat_points, warp
 from regteach.transforms import Dense, displacement
 
@@ -192,6 +193,41 @@ def test_refinement_lowers_the_loss(mode: str) -> None:
     assert float(refined.curve.min()) < float(refined.curve[0])
     once, again = (error_mm(r.transform, truth, GRIDS[2]).mean() for r in (result, refined.result))
     assert again < 1.1 * once
+
+
+def test_the_loss_of_turned_weights_is_that_of_the_result() -> None:
+    """A rate so high that the last step is not the best one; weights also decide where the field is stiff."""
+    moving, fixed, _ = pair(2)
+    network = model(2, shaken=0.02)
+    with torch.no_grad():
+        result = network(moving, fixed, GRIDS[2])
+    refined = refine(network, result, GRIDS[2], Refinement(6, "weights", rate=0.1))
+    assert float(refined.curve[-1]) > float(refined.loss)
+    reached = objectives.at_test_time(network)((moving, fixed), refined.result.transform, GRIDS[2])
+    torch.testing.assert_close(refined.loss, reached.detach(), rtol=1e-3, atol=1e-5)
+
+
+def test_weights_of_keypoints_are_turned_for_one_pair_at_a_time() -> None:
+    moving, fixed, _ = pair(2)
+    network = model(2)
+    twice = (moving.repeat(2, 1, 1, 1), fixed.repeat(2, 1, 1, 1))
+    with torch.no_grad():
+        result = network(*twice, GRIDS[2])
+    with pytest.raises(ValueError, match="one pair at a time") as caught:
+        refine(network, result, GRIDS[2], Refinement(1, "weights", rate=1e-3))
+    assert one_sentence(caught.value)
+
+
+def test_the_bending_of_a_field_of_keypoints_has_its_price() -> None:
+    moving, fixed, _ = pair(2)
+    network = model(2)
+    with torch.no_grad():
+        result = network(moving, fixed, GRIDS[2])
+    free, dear = (refine(network, result, GRIDS[2], Refinement(1, rate=0.05, bending=b)) for b in (0.0, 100.0))
+    field = displacement(result.up_to(1), GRIDS[2])
+    torch.testing.assert_close(
+        dear.curve[0] - free.curve[0], 100 * bending_energy(field, GRIDS[2]), rtol=1e-3, atol=1e-5
+    )
 
 
 def test_points_alone_need_no_images() -> None:
