@@ -1,6 +1,6 @@
-"""Exercises of lesson 07: a split convolution, the first pixel of a window, a masked softmax, the logits of a spline.
+"""Exercises of lesson 07: a split convolution, the last pixel of a window, a masked softmax, the logits of a spline.
 
-Positions and spacings in mm. The cases have as many channels in both images, so that exchanging them raises nothing,
+Positions and spacings in mm. The cases have as many channels in all images, so that exchanging them raises nothing,
 spacings that differ from 1, odd and even windows, and positions that are no tie between two windows.
 """
 
@@ -14,57 +14,69 @@ from regteach.bspline import basis
 from regteach.lessons.exercises import Exercise, Mistake
 
 
-def in_two(fixed: Tensor, moving: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """The kernel is cut along its input channels; the bias is added once."""
-    c = fixed.shape[1]
-    return F.conv2d(fixed, weight[:, :c], bias, padding=1) + F.conv2d(moving, weight[:, c:], padding=1)
+def in_three(images: list[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
+    """The kernel is cut along its input channels, one part an image; the bias is added once."""
+    parts = zip(images, weight.split([image.shape[1] for image in images], dim=1), strict=True)
+    return sum(F.conv2d(image, part, padding=1) for image, part in parts) + bias[:, None, None]
 
 
-def _bias_twice(fixed: Tensor, moving: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return in_two(fixed, moving, weight, bias) + bias[:, None, None]
+def _bias_each_time(images: list[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
+    return in_three(images, weight, 3 * bias)
 
 
-def _no_bias(fixed: Tensor, moving: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return in_two(fixed, moving, weight, torch.zeros_like(bias))
+def _no_bias(images: list[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
+    return in_three(images, weight, torch.zeros_like(bias))
 
 
-def _exchanged(fixed: Tensor, moving: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return in_two(moving, fixed, weight, bias)
+def _wrong_order(images: list[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
+    return in_three(images[::-1], weight, bias)
 
 
-def _no_padding(fixed: Tensor, moving: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return in_two(fixed, moving, weight, bias)[..., 1:-1, 1:-1]
+def _two_of_three(images: list[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
+    return in_three(images[:2], weight[:, : 2 * images[0].shape[1]], bias)
 
 
-def _images() -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+def _no_padding(images: list[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
+    return in_three(images, weight, bias)[..., 1:-1, 1:-1]
+
+
+def _images() -> list[tuple[list[Tensor], Tensor, Tensor]]:
+    return [([torch.randn(1, c, 6, 9) for _ in range(3)], torch.randn(4, 3 * c, 3, 3), torch.randn(4)) for c in (1, 3)]
+
+
+def last_of_window(position_mm: float, origin_mm: float, spacing_mm: float, k: int, count: int) -> int:
+    """The window begins at the first whole number that is not below v - k / 2; its last pixel, or the grid's."""
+    return min(math.ceil((position_mm - origin_mm) / spacing_mm - k / 2) + k - 1, count - 1)
+
+
+def _rounded(position_mm: float, origin_mm: float, spacing_mm: float, k: int, count: int) -> int:
+    return min(round((position_mm - origin_mm) / spacing_mm) - k // 2 + k - 1, count - 1)
+
+
+def _no_origin(position_mm: float, origin_mm: float, spacing_mm: float, k: int, count: int) -> int:
+    return last_of_window(position_mm, 0.0, spacing_mm, k, count)
+
+
+def _no_spacing(position_mm: float, origin_mm: float, spacing_mm: float, k: int, count: int) -> int:
+    return last_of_window(position_mm, origin_mm, 1.0, k, count)
+
+
+def _sticks_out(position_mm: float, origin_mm: float, spacing_mm: float, k: int, count: int) -> int:
+    return math.ceil((position_mm - origin_mm) / spacing_mm - k / 2) + k - 1
+
+
+def _one_too_many(position_mm: float, origin_mm: float, spacing_mm: float, k: int, count: int) -> int:
+    return min(math.ceil((position_mm - origin_mm) / spacing_mm - k / 2) + k, count - 1)
+
+
+def _windows() -> list[tuple[float, float, float, int, int]]:
     return [
-        (torch.randn(1, c, 6, 9), torch.randn(1, c, 6, 9), torch.randn(4, 2 * c, 3, 3), torch.randn(4)) for c in (1, 3)
+        (12.3, 2.0, 1.5, 3, 20),
+        (12.3, 2.0, 1.5, 4, 20),
+        (13.2, 2.0, 1.5, 4, 20),
+        (2.4, 1.0, 2.0, 5, 3),
+        (-7.1, -9.0, 0.5, 2, 30),
     ]
-
-
-def first_of_window(position_mm: float, origin_mm: float, spacing_mm: float, k: int) -> int:
-    """The first whole number that is not below v - k / 2."""
-    return math.ceil((position_mm - origin_mm) / spacing_mm - k / 2)
-
-
-def _rounded(position_mm: float, origin_mm: float, spacing_mm: float, k: int) -> int:
-    return round((position_mm - origin_mm) / spacing_mm) - k // 2
-
-
-def _no_origin(position_mm: float, origin_mm: float, spacing_mm: float, k: int) -> int:
-    return math.ceil(position_mm / spacing_mm - k / 2)
-
-
-def _no_spacing(position_mm: float, origin_mm: float, spacing_mm: float, k: int) -> int:
-    return math.ceil(position_mm - origin_mm - k / 2)
-
-
-def _clamped(position_mm: float, origin_mm: float, spacing_mm: float, k: int) -> int:
-    return max(0, first_of_window(position_mm, origin_mm, spacing_mm, k))
-
-
-def _windows() -> list[tuple[float, float, float, int]]:
-    return [(12.3, 2.0, 1.5, 3), (12.3, 2.0, 1.5, 4), (13.2, 2.0, 1.5, 4), (2.4, 1.0, 2.0, 5), (-7.1, -9.0, 0.5, 2)]
 
 
 def softmax_inside(logits: Tensor, inside: Tensor) -> Tensor:
@@ -124,21 +136,27 @@ def _offsets() -> list[tuple[Tensor, Tensor]]:
 EXERCISES = [
     Exercise(
         id="e1",
-        title="the split with a bias",
+        title="the split with three images and a bias",
         objective="o1",
-        reference=in_two,
+        reference=in_three,
         cases=_images,
         tolerance=1e-4,
-        hint="Cut `weight` along its input channels (its second axis) where the fixed image's channels end, convolve "
+        hint="Cut `weight` along its input channels (its second axis) where the channels of one image end, convolve "
         "each image with its own part and padding=1, and add. Think about where the bias belongs.",
         mistakes=[
-            Mistake("the bias twice", _bias_twice, "Each of your two convolutions adds the bias. It belongs in once."),
-            Mistake("no bias", _no_bias, "The two sums are right, but the bias is missing."),
             Mistake(
-                "halves exchanged",
-                _exchanged,
-                "The halves of the kernel are exchanged: `cat([fixed, moving], 1)` puts the fixed channels first.",
+                "the bias each time",
+                _bias_each_time,
+                "Each of your three convolutions adds the bias. It belongs in once.",
             ),
+            Mistake("no bias", _no_bias, "The three sums are right, but the bias is missing."),
+            Mistake(
+                "wrong order",
+                _wrong_order,
+                "The parts of the kernel went to the wrong images: `cat(images, 1)` puts the first image's channels "
+                "first.",
+            ),
+            Mistake("two of three", _two_of_three, "The third image does not speak. The kernel has three parts."),
             Mistake(
                 "no padding", _no_padding, "The inside is right. Without padding=1 you lose a pixel at each border."
             ),
@@ -146,17 +164,17 @@ EXERCISES = [
     ),
     Exercise(
         id="e2",
-        title="where a window begins",
+        title="where a window ends",
         objective="o3",
-        reference=first_of_window,
+        reference=last_of_window,
         cases=_windows,
         hint="Turn the position into a (fractional) pixel number $v$: minus origin, over spacing. The window begins at "
-        "the first whole number that is not below $v - k/2$.",
+        "the first whole number that is not below $v - k/2$, and has $k$ pixels. Which of them does the grid have?",
         mistakes=[
             Mistake(
                 "rounded first",
                 _rounded,
-                "This rounds to the nearest pixel and goes back by k // 2. For odd k that is right. For even k the "
+                "This rounds to the nearest pixel and counts from there. For odd k that is right. For even k the "
                 "window then lies to one side of the point: on which side of the pixel is it?",
             ),
             Mistake(
@@ -168,10 +186,14 @@ EXERCISES = [
                 "You count in mm. How many pixels are that, with this spacing?",
             ),
             Mistake(
-                "pushed inside",
-                _clamped,
-                "Inside the grid it is right. At the border the window may stick out: a window pushed inside is no "
-                "longer centred on its point.",
+                "sticks out",
+                _sticks_out,
+                "That is where the window ends, also where the grid has no such pixel. Which is the last one it has?",
+            ),
+            Mistake(
+                "one too many",
+                _one_too_many,
+                "That is the first pixel *after* the window: the first one and the k - 1 that follow are k pixels.",
             ),
         ],
     ),
