@@ -71,8 +71,9 @@ BRAIN_CONTROL_MM = 12.0
 # Weight of the bending energy of those, mm^2.
 BENDING = {"retina": 1e-4}
 OTHER_BENDING = 3.0
-# The search beside a model that refines in another way: that of the hippocampus.
-SEARCH = networks.find_recipe("georeg-hippocampus").refinement
+# The search beside a model that refines in another way, or near its own answer: that of the hippocampus, with the
+# coarse steps that it needs from nothing.
+SEARCH = replace(networks.find_recipe("georeg-hippocampus").refinement, coarser=(50, 50), restart=False)
 
 # What other tools reach, measured elsewhere, on pairs of other people: Dice, and SDlogJ where it is known.
 ELSEWHERE: dict[str, dict[str, tuple[float, float | None]]] = {
@@ -219,7 +220,7 @@ def methods(trial: Trial, recipe: Recipe, model: Model | None, how: Optimisation
 def _searched(moving: Tensor, fixed: Tensor, grid: Grid, recipe: Recipe) -> Transform:
     """What the refinement of a model finds without the model; by :data:`SEARCH` where its own mode needs one."""
     config: Any = recipe.config
-    own = recipe.refinement.mode == "greedy"
+    own = recipe.refinement.mode == "greedy" and not recipe.refinement.restart
     settings = recipe.refinement if own else replace(SEARCH, steps=min(SEARCH.steps, recipe.refinement.steps))
     return search(moving, fixed, grid, settings, config.similarity).result.transform
 
@@ -231,7 +232,9 @@ def training_step(network: Any, recipe: Recipe, moving: Tensor, fixed: Tensor, g
     mixed = recipe.settings.precision == "bf16"
     with torch.autocast(moving.device.type, torch.bfloat16, enabled=mixed):
         result = network(moving, fixed, grid)
-        terms = objectives.multiscale(result, grid, network.config.similarity, recipe.bending)
+        terms = objectives.multiscale(
+            result, grid, network.config.similarity, recipe.bending, recipe.weights, window_vox=recipe.window_vox
+        )
     objectives.total(terms).mean().backward()
     optimiser.step()
 

@@ -1,6 +1,6 @@
 """ISTN on brain slices of people never seen: trained on a dozen, beside other tools.
 
-    python -m benchmarks.istn_slices [--quick] [--json FILE] [--folds N] [--refinements 50 100 200]
+    python -m benchmarks.istn_slices [--quick] [--json FILE] [--folds N] [--refinements 20 40 80]
 
 Real axial T1 slices, brain-extracted (OASIS-TRT-20), with the cortex of each half as the structures. Leave two out:
 each fold trains ``istn-slices`` on all people but four, chooses the best weights on two, and tests on two, so everybody
@@ -39,12 +39,12 @@ class Options(networks.Options):
 
     Args:
         folds: so many of them; all where left out.
-        refinements: numbers of steps.
+        refinements: numbers of steps, of which the coarse ones are no part.
         seed: of the trainings.
     """
 
     folds: int | None = None
-    refinements: tuple[int, ...] = (50, 100, 200)
+    refinements: tuple[int, ...] = (20, 40, 80)
     seed: int = 0
 
 
