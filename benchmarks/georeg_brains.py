@@ -233,7 +233,7 @@ def training_step(network: Any, recipe: Recipe, moving: Tensor, fixed: Tensor, g
     with torch.autocast(moving.device.type, torch.bfloat16, enabled=mixed):
         result = network(moving, fixed, grid)
         terms = objectives.multiscale(
-            result, grid, network.config.similarity, recipe.bending, recipe.weights, window_vox=recipe.window_vox
+            result, grid, network.config.similarity, recipe.bending, window_vox=recipe.window_vox
         )
     objectives.total(terms).mean().backward()
     optimiser.step()

@@ -49,6 +49,12 @@ def distinctiveness(
     image = image.to(torch.promote_types(image.dtype, torch.float32))
     sigma_mm = 1.4 * _mean_spacing(grid) if sigma_mm is None else sigma_mm
     slopes = [_derivative(image, axis, grid.spacing[axis]) for axis in range(grid.dim)]
+    # What rounding leaves of a constant is no slope.
+    rounding = 8 * torch.finfo(image.dtype).eps * image.abs().flatten(1).amax(1).reshape(-1, *[1] * (grid.dim + 1))
+    slopes = [
+        torch.where(slope.abs() * spacing > rounding, slope, 0)
+        for slope, spacing in zip(slopes, grid.spacing, strict=True)
+    ]
 
     def entry(i: int, k: int) -> Tensor:
         # Products of small numbers cancel in the determinant: from here on in double precision.

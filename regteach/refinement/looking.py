@@ -39,9 +39,7 @@ def compared_maps(
 
 
 @torch.no_grad()
-def focus_of(
-    transform: Transform, features: tuple[Tensor, Tensor], grid: Grid, settings: Refinement
-) -> Focus | None:
+def focus_of(transform: Transform, features: tuple[Tensor, Tensor], grid: Grid, settings: Refinement) -> Focus | None:
     """The part of the grid round what the maps show as they lie now, where only that is looked at."""
     if not settings.focus_mm:
         return None
