@@ -1,8 +1,7 @@
 """Training a network on pairs of a cohort: people on one grid, with structures that some losses and all figures use."""
 
-import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -72,7 +71,8 @@ class CohortTask:
             levels, begin = len(config.widths), len(self.recipe.coarse_first)
             if len(self.recipe.weights) != levels or not sum(self.recipe.weights[begin:]) > 0:
                 raise ValueError(
-                    f"{self.recipe.name} has {levels} levels: as many weights, and one above 0 at those that begin."
+                    f"{self.recipe.name} has {levels} levels and needs a weight for each, and one above 0 among those "
+                    "that are trained from the start."
                 )
         if not cohort.pairs("train"):
             raise ValueError(f"{cohort.name} has no pair of two people to train on.")
@@ -252,24 +252,23 @@ def _named(
 def start_from(built: nn.Module, model: Model) -> None:
     """Give a network the weights of another of its kind.
 
-    A second encoder that only it has begins as the first; steps at a level where only it has any stay as they are:
-    untrained, so nothing moves there.
+    A second encoder that only it has begins as the first. Steps at a level where only it takes any stay as they are:
+    untrained, so nothing moves there. Steps at a level where only the other took any are left behind.
 
     Raises:
         ValueError: if the weights do not fit.
     """
     weights, own = model.network.state_dict(), built.state_dict()
     both = {key.replace("encoders.0.", "encoders.1.", 1): value for key, value in weights.items()} | weights
-    of_level = re.compile(r"deform\.\d+\.")
-    known_levels = {found[0] for key in weights if (found := of_level.match(key))}
-    new = {key for key in own if (found := of_level.match(key)) and found[0] not in known_levels}
-    # What is left over may only be steps of a level at which the new network takes none, or the copy of an encoder.
-    of_own = {found[0] for key in own if (found := of_level.match(key))}
-    spare = {key for key in weights if key not in own}
-    spare -= {key for key in spare if (found := of_level.match(key)) and found[0] not in of_own}
+    begun, left = tuple(_steps(own) - _steps(weights)), tuple(_steps(weights) - _steps(own))
     try:
-        if spare:
+        if spare := [key for key in weights if key not in own and not key.startswith(left)]:
             raise KeyError(spare)
-        built.load_state_dict({key: own[key] if key in new else both[key] for key in own})
+        built.load_state_dict({key: own[key] if key.startswith(begun) else both[key] for key in own})
     except (KeyError, RuntimeError):
         raise ValueError(f"The weights of {model.name} do not fit the network that was to start from them.") from None
+
+
+def _steps(names: Iterable[str]) -> set[str]:
+    """Beginnings of the names of the weights of a GeoReg's steps, one a level that takes any."""
+    return {f"deform.{name.split('.')[1]}." for name in names if name.startswith("deform.")}

@@ -209,9 +209,8 @@ def register(
     begun = time.perf_counter()
     on = _device(device)
     model = (model if isinstance(model, Model) else load(model)).to(on)
-    settings = model.refinement if refine is None else refine
-    if not isinstance(settings, Refinement):
-        settings = replace(model.refinement, steps=int(settings))
+    own = model.refinement
+    settings = own if refine is None else refine if isinstance(refine, Refinement) else replace(own, steps=int(refine))
     pair = {"moving": as_volume(moving, "the moving image"), "fixed": as_volume(fixed, "the fixed image")}
     _check(pair, model)
     if points is not None and not isinstance(model.network, KeypointKernel):

@@ -176,7 +176,7 @@ def test_the_weights_of_the_levels_count() -> None:
 @pytest.mark.parametrize(("weights", "late"), [((1.0, 1.0), ()), ((1.0, 0.0, 0.0), (5,)), ((0.0, 0.0, 0.0), ())])
 def test_levels_without_a_weight_are_said(weights: tuple[float, ...], late: tuple[int, ...]) -> None:
     recipe = Recipe("levels", "noise", "unsupervised", SMALL, Settings(steps=2, batch=2))
-    with pytest.raises(ValueError, match="has 3 levels: as many weights") as error:
+    with pytest.raises(ValueError, match="has 3 levels and needs a weight for each") as error:
         CohortTask(replace(recipe, weights=weights, coarse_first=late), noise())
     assert one_sentence(error.value)
 

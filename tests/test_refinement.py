@@ -891,3 +891,18 @@ def test_a_focus_does_not_change_the_price_of_bending():
     assert focus_on((moving, fixed), begun.transform, grid, 12.0, levels=1).grid.size < 0.8 * grid.size
     torch.testing.assert_close(price(near), price(replace(near, focus_mm=0.0)), rtol=0.05, atol=1e-6)
     assert price(near) > 1e-4
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_images_that_are_not_finite_are_refused(mode):
+    grid = GRIDS[2]
+    moving, fixed = three_pairs(grid)
+    model = network(grid)
+    begun = model(moving, fixed, grid)
+    hurt = fixed.clone()
+    hurt[1, 0, 5, 5] = torch.nan
+    with pytest.raises(ValueError, match="not finite") as caught:
+        refine(model, replace(begun, features=(moving, hurt)), grid, Refinement(1, mode, rate=RATE[mode]))
+    assert one_sentence(caught.value)
+    with pytest.raises(ValueError, match="not finite"):
+        search(moving, hurt, grid, GREEDY)

@@ -99,10 +99,8 @@ class GeoRegConfig:
             )
         if len(self.iterations) not in (0, levels):
             raise ValueError(f"Iterations are one number for each of the {levels} levels, or none at all.")
-        if not self.windows[-1]:
-            raise ValueError("The coarsest level has nothing to interpolate from: its window can not be 0.")
-        if self.iterations and not self.iterations[-1]:
-            raise ValueError("The coarsest level has nothing to interpolate from: it takes 1 step or more.")
+        if not self.steps[-1]:
+            raise ValueError("The coarsest level has nothing to interpolate from: it has a window, and takes a step.")
         if min(*self.windows, *self.parents, *self.iterations) < 0 or any(
             width % 2 or width < 2 for width in self.widths
         ):

@@ -60,12 +60,13 @@ def refine(
             refinement itself never sees.
 
     Raises:
-        ValueError: if images are wanted that the result lacks, or several pairs are watched at once of which each is
-            refined alone: by weights, or greedily with a focus.
+        ValueError: if maps or images hold numbers that are not finite, images are wanted that the result lacks, or
+            several pairs are watched at once of which each is refined alone: by weights, or greedily with a focus.
     """
     settings = settings or Refinement()
     loss = loss or objectives.at_test_time(model, settings.window_vox, settings.pyramid)
     features = (result.features[0].detach(), result.features[1].detach())
+    _check_finite(*features, *(result.images or ()))
     # Outside of mixed precision, whoever calls: coordinates need all the digits of float32.
     with torch.autocast(features[0].device.type, enabled=False):
         if settings.mode == "weights":
@@ -100,11 +101,18 @@ def search(
         similarity: by which they are compared.
 
     Raises:
-        ValueError: for another mode: without a network there are no parameters and no weights to turn.
+        ValueError: for another mode: without a network there are no parameters and no weights to turn; or if the images
+            hold numbers that are not finite.
     """
     if settings.mode != "greedy":
         raise ValueError(f"A search without a network is greedy: there are no {settings.mode} to turn.")
+    _check_finite(moving, fixed)
     loss = partial(objectives.image_refinement, similarity=similarity, window_vox=settings.window_vox)
     start = moving.new_zeros(len(moving), *grid.shape, grid.dim)
     with torch.autocast(moving.device.type, enabled=False):
         return refine_greedily(start, (moving, fixed), None, grid, settings, loss, None)
+
+
+def _check_finite(*maps: Tensor) -> None:
+    if not all(bool(values.isfinite().all()) for values in maps):
+        raise ValueError("What is to be compared holds numbers that are not finite.")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from regteach.grid import Grid
 from regteach.refinement.looking import compared_maps, focus_of, loss_of, with_images
-from regteach.refinement.pairs import Keeper, joined, pair_of, watch_one
+from regteach.refinement.pairs import Keeper, one_by_one, pair_of
 from regteach.refinement.settings import Loss, Refined, Refinement, Watch
 from regteach.result import Result, Step, assemble, dense_step
 from regteach.transforms import Transform, displacement
@@ -79,14 +79,13 @@ def refine_weights(
 ) -> Refined:
     """Turn the weights of the part that aligns: a copy for each pair. The ITN takes no part: its maps are given."""
     if len(features[0]) > 1:
-        watch_one(watch)
         with torch.no_grad():
             moving, fixed = pair_of(features, 0)
             one = given.align(moving, fixed, grid)
         if any(step.own_pairs for step in one.steps):
             raise ValueError("The weights of this model are refined for one pair at a time.")
         alone = partial(refine_weights, given, grid=grid, settings=settings, loss=loss, watch=None)
-        return joined([alone(pair_of(features, i), pair_of(images, i)) for i in range(len(features[0]))])
+        return one_by_one(alone, len(features[0]), watch, features, images)
     model: Any = copy.deepcopy(given)
     turned = list(model.requires_grad_(True).parameters())
     compared, coarse = compared_maps(features, grid, settings)

@@ -25,7 +25,7 @@ from regteach import objectives
 from regteach.grid import Grid
 from regteach.nets.blocks import upsampled
 from regteach.refinement.looking import compared_maps, focus_of, loss_of, with_images
-from regteach.refinement.pairs import Keeper, joined, pair_of, watch_one
+from regteach.refinement.pairs import Keeper, one_by_one
 from regteach.refinement.settings import Loss, Refined, Refinement, Watch
 from regteach.result import Result, assemble, dense_step
 from regteach.sampling import grid_points, smooth_field
@@ -46,12 +46,11 @@ def refine_greedily(
     With a focus, only the displacements inside of it are computed with, and each pair has a focus of its own.
     """
     pairs = len(features[0])
+    start = start.expand(pairs, *[-1] * (grid.dim + 1))
     if settings.focus_mm and pairs > 1:
-        watch_one(watch)
-        starts = start.expand(pairs, *[-1] * (grid.dim + 1))
         alone = partial(refine_greedily, grid=grid, settings=settings, loss=loss, watch=None)
-        return joined([alone(starts[i : i + 1], pair_of(features, i), pair_of(images, i)) for i in range(pairs)])
-    here, found = grid, start.expand(pairs, *[-1] * (grid.dim + 1))
+        return one_by_one(alone, pairs, watch, start, features, images)
+    here, found = grid, start
     levels = (*settings.coarser, settings.steps) if settings.steps else (0,)
     curves: list[Tensor] = []
     taken = torch.zeros(pairs, dtype=torch.long, device=found.device)

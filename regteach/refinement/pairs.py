@@ -1,6 +1,6 @@
 """Many pairs at once: what is remembered of each, and pairs that are refined one by one."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -53,18 +53,31 @@ class Keeper:
         return Refined(Result(assemble(best), features, best), torch.stack(self.curve), self.taken, self.lowest)
 
 
-def watch_one(watch: Watch | None) -> None:
-    """Raise a ValueError where several pairs, refined one by one, are to be watched: whose transform would it be?"""
+def one_by_one(alone: Callable[..., Refined], count: int, watch: Watch | None, *given: Any) -> Refined:
+    """Refine each pair of a batch for itself.
+
+    Args:
+        alone: refines one pair, given its part of each of ``given``.
+        count: of pairs.
+        watch: None: whose transform would it be shown?
+        given: batches: tensors, pairs of tensors, or None.
+
+    Raises:
+        ValueError: if somebody wants to watch.
+    """
     if watch is not None:
         raise ValueError("This refinement goes pair by pair: watch one pair at a time.")
+    return _joined([alone(*(pair_of(batch, i) for batch in given)) for i in range(count)])
 
 
-def pair_of(both: Any, i: int) -> Any:
-    """One pair of a batch of two tensors; nothing of nothing."""
-    return None if both is None else (both[0][i : i + 1].detach(), both[1][i : i + 1].detach())
+def pair_of(batch: Any, i: int) -> Any:
+    """One pair of a batch, which is a tensor or several; nothing of nothing."""
+    if batch is None:
+        return None
+    return batch[i : i + 1].detach() if isinstance(batch, Tensor) else tuple(pair_of(part, i) for part in batch)
 
 
-def joined(each: Sequence[Refined]) -> Refined:
+def _joined(each: Sequence[Refined]) -> Refined:
     """Pairs that were refined one by one, as one batch: the curve of a pair that stopped sooner goes on as it ended."""
     steps = tuple(
         replace(step, parameters=torch.cat([one.result.steps[k].parameters for one in each]))

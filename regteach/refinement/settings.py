@@ -62,7 +62,7 @@ class Refinement:
     coarser: tuple[int, ...] = ()
     restart: bool = False
     smoothing_vox: tuple[float, float] = (1.732, 0.7071)
-    window_vox: int = 9
+    window_vox: int = objectives.WINDOW
     patience: int = 0
     tolerance: float = 1e-3
 
