@@ -95,8 +95,7 @@ def trained(recipe: Recipe, cohort: Cohort, runs: Path) -> Trained:
     def progress(record: dict[str, float]) -> None:
         print(f"{folder.name}: {line(record)}", flush=True)
 
-    task = CohortTask(recipe, cohort)
-    task.judged = task.judged or with_trained_people(cohort)
+    task = CohortTask(recipe, cohort, judged=() if cohort.pairs("validation") else with_trained_people(cohort))
     return train(task, recipe.settings, folder, progress, of=_depends_on(recipe, cohort))
 
 

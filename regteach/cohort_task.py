@@ -32,16 +32,28 @@ class CohortTask:
         recipe: what to do.
         cohort: on what; the recipe's own data where left out.
         validation_pairs: how many pairs of validation people judge the weights.
+        judged: pairs (moving, fixed) that judge them in the place of those, where the cohort has no two such people.
+
+    Raises:
+        ValueError: if the recipe does not fit the cohort, or there is no pair to train on or to judge by.
     """
 
-    def __init__(self, recipe: Recipe, cohort: Cohort | None = None, validation_pairs: int = 20) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        cohort: Cohort | None = None,
+        validation_pairs: int = 20,
+        judged: Sequence[tuple[int, int]] = (),
+    ) -> None:
         self.recipe = recipe
         self.cohort = load_cohort(recipe.data) if cohort is None else cohort
         self._check()
         self.seen, self.grid = _middle(self.cohort.grid, recipe.middle)
         self.pairs = self.cohort.pairs("train")
         available = self.cohort.pairs("validation")
-        self.judged = self.cohort.pairs("validation", min(validation_pairs, len(available)), seed=0)
+        self.judged = tuple(judged) or self.cohort.pairs("validation", min(validation_pairs, len(available)), seed=0)
+        if not self.judged:
+            raise ValueError(f"{self.cohort.name} has no pair of two validation people to judge the weights by.")
 
     def _check(self) -> None:
         config, cohort, variant = self.recipe.config, self.cohort, self.recipe.variant

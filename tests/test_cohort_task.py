@@ -98,7 +98,7 @@ def noise() -> Cohort:
     """Four people, each with one structure that is everywhere."""
     torch.manual_seed(0)
     labels = torch.ones(4, 16, 16, dtype=torch.long)
-    splits = {"train": (0, 1), "validation": (2,), "test": (3,)}
+    splits = {"train": (0, 1), "validation": (2, 3), "test": ()}
     images, soi = torch.rand(4, 1, 16, 16), labels[:, None].float()
     return Cohort("noise", images, soi, labels, Grid((16, 16)), tuple("abcd"), {1: "all"}, splits, "")
 
@@ -266,11 +266,13 @@ def test_what_is_imitated_is_the_person_in_the_contrast_of_the_moving_one_moved_
     changes = Augmentation(shift_mm=3.0, rotation_deg=20.0, gamma=0.5, noise=0.2)
     settings = Settings(steps=2, batch=2)
     recipe = Recipe("imitator", "noise", "unsupervised", TWO, settings, changes, imitate=True)
-    noisy = CohortTask(recipe, cohort)
-    quiet = CohortTask(replace(recipe, augmentation=replace(changes, gamma=0.0, noise=0.0)), cohort)
+    nobody_else = cohort.pairs("train")  # there are no people to judge by, and nothing is judged here
+    noisy = CohortTask(recipe, cohort, judged=nobody_else)
+    still = replace(recipe, augmentation=replace(changes, gamma=0.0, noise=0.0))
+    quiet = CohortTask(still, cohort, judged=nobody_else)
     # The same anatomy in both contrasts: the pattern of a quiet scanner is what the network sees.
     alike = replace(cohort, images=plain.images[[0, 1, 0, 1]])
-    same = CohortTask(replace(quiet.recipe), alike)
+    same = CohortTask(still, alike, judged=nobody_else)
     for number in range(6):
         seen, _, shown = noisy._item(number)
         _, _, clean = quiet._item(number)
@@ -284,7 +286,8 @@ def test_what_is_imitated_is_the_person_in_the_contrast_of_the_moving_one_moved_
 def test_only_the_second_encoder_is_trained_and_it_comes_to_see_what_the_first_sees() -> None:
     torch.manual_seed(0)
     recipe = Recipe("imitator", "noise", "unsupervised", TWO, Settings(steps=2, batch=2), imitate=True)
-    task, net = CohortTask(recipe, in_two_contrasts()), shaken(TWO).train()
+    cohort = in_two_contrasts()
+    task, net = CohortTask(recipe, cohort, judged=cohort.pairs("train")), shaken(TWO).train()
     before = {name: p.clone() for name, p in net.state_dict().items()}
     optimiser = torch.optim.Adam(net.parameters(), 3e-3)
     values = []
