@@ -95,14 +95,7 @@ def trained(recipe: Recipe, cohort: Cohort, runs: Path) -> Trained:
     def progress(record: dict[str, float]) -> None:
         print(f"{folder.name}: {line(record)}", flush=True)
 
-    task = CohortTask(recipe, cohort, judged=() if cohort.pairs("validation") else with_trained_people(cohort))
-    return train(task, recipe.settings, folder, progress, of=_depends_on(recipe, cohort))
-
-
-def with_trained_people(cohort: Cohort) -> tuple[tuple[int, int], ...]:
-    """Validation pairs where one person alone is kept for that: each with somebody who is trained on, both ways."""
-    known_ones = cohort.splits["train"]
-    return tuple(pair for v in cohort.splits["validation"] for t in known_ones for pair in ((v, t), (t, v)))
+    return train(CohortTask(recipe, cohort), recipe.settings, folder, progress, of=_depends_on(recipe, cohort))
 
 
 def run_folder(recipe: Recipe, cohort: Cohort, runs: Path) -> Path:

@@ -31,29 +31,24 @@ class CohortTask:
     Args:
         recipe: what to do.
         cohort: on what; the recipe's own data where left out.
-        validation_pairs: how many pairs of validation people judge the weights.
-        judged: pairs (moving, fixed) that judge them in the place of those, where the cohort has no two such people.
+        validation_pairs: how many pairs of validation people judge the weights; where one person alone is kept for
+            that, the pairs are all those of that person with people who are trained on.
 
     Raises:
         ValueError: if the recipe does not fit the cohort, or there is no pair to train on or to judge by.
     """
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        cohort: Cohort | None = None,
-        validation_pairs: int = 20,
-        judged: Sequence[tuple[int, int]] = (),
-    ) -> None:
+    def __init__(self, recipe: Recipe, cohort: Cohort | None = None, validation_pairs: int = 20) -> None:
         self.recipe = recipe
         self.cohort = load_cohort(recipe.data) if cohort is None else cohort
         self._check()
         self.seen, self.grid = _middle(self.cohort.grid, recipe.middle)
         self.pairs = self.cohort.pairs("train")
         available = self.cohort.pairs("validation")
-        self.judged = tuple(judged) or self.cohort.pairs("validation", min(validation_pairs, len(available)), seed=0)
+        self.judged = self.cohort.pairs("validation", min(validation_pairs, len(available)), seed=0)
+        self.judged = self.judged or with_trained_people(self.cohort)
         if not self.judged:
-            raise ValueError(f"{self.cohort.name} has no pair of two validation people to judge the weights by.")
+            raise ValueError(f"{self.cohort.name} has nobody to judge the weights by: no validation people.")
 
     def _check(self) -> None:
         config, cohort, variant = self.recipe.config, self.cohort, self.recipe.variant
@@ -233,6 +228,12 @@ class CohortTask:
         again.set_state(before)
         moved_only = replace(changes, gamma=0.0, bias=0.0, noise=0.0, blur_mm=0.0, synthetic=0.0)
         return seen, maps, augmented(cohort.images[[twin]], soi, cohort.grid, moved_only, again)[0]
+
+
+def with_trained_people(cohort: Cohort) -> tuple[tuple[int, int], ...]:
+    """Pairs of each validation person with everybody who is trained on, both ways: for who is alone in validation."""
+    known_ones = cohort.splits["train"]
+    return tuple(pair for v in cohort.splits["validation"] for t in known_ones for pair in ((v, t), (t, v)))
 
 
 def _middle(grid: Grid, size: Sequence[int]) -> tuple[tuple[slice, ...], Grid]:

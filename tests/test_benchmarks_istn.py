@@ -15,7 +15,6 @@ from truths.fields import one_sentence
 from benchmarks import istn_brains, istn_slices, istn_trees, networks, tables
 from regteach.affine import Affine
 from regteach.checkpoints import Model, save_model
-from regteach.data.brains import donor_folds
 from regteach.data.cohort import Cohort
 from regteach.data.trees import Trees, generate_trees
 from regteach.grid import Grid
@@ -215,14 +214,6 @@ def test_a_killed_benchmark_goes_on_to_the_same_numbers(
     again, _ = run(istn_trees.main, tmp_path, *chosen, runs="killed")
     assert "step 2 " not in capsys.readouterr().out  # nothing is trained twice
     assert untimed(again["records"]) == untimed(whole["records"])
-
-
-def test_one_person_to_validate_is_paired_with_those_trained_on(cohort: Cohort) -> None:
-    fold = donor_folds(cohort)[1]
-    (alone,) = fold.splits["validation"]
-    pairs = networks.with_trained_people(fold)
-    assert len(pairs) == len(set(pairs)) == 2 * len(fold.splits["train"])
-    assert all(alone in pair and set(pair) - {alone} <= set(fold.splits["train"]) for pair in pairs)
 
 
 # ---- whole runs, on stand-ins ----

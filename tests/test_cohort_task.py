@@ -232,14 +232,16 @@ TWO = replace(SMALL, encoders=2)
 
 
 def in_two_contrasts() -> Cohort:
-    """Two people; images 2 and 3 are images 0 and 1 with black for white."""
+    """Two people; images 2 and 3 are images 0 and 1 with black for white; and one to judge by."""
     plain = noise()
     return replace(
         plain,
-        images=torch.cat([plain.images[:2], 1 - plain.images[:2]]),
-        people=("a", "b", "a", "b"),
-        splits={"train": (0, 1, 2, 3), "validation": (), "test": ()},
-        twins=(2, 3, 0, 1),
+        images=torch.cat([plain.images[:2], 1 - plain.images[:2], plain.images[2:3]]),
+        soi=plain.soi[[0, 1, 0, 1, 2]],
+        labels=plain.labels[[0, 1, 0, 1, 2]],
+        people=("a", "b", "a", "b", "c"),
+        splits={"train": (0, 1, 2, 3), "validation": (4,), "test": ()},
+        twins=(2, 3, 0, 1, 4),
         given_pairs={"train": ((0, 3), (1, 2))},
     )
 
@@ -256,23 +258,15 @@ def test_features_that_are_alike_cost_nothing_and_none_at_all_cost_one() -> None
 
 def test_what_is_imitated_is_the_person_in_the_contrast_of_the_moving_one_moved_alike_and_without_noise() -> None:
     plain = noise()
-    cohort = replace(
-        plain,
-        people=("a", "b", "a", "b"),
-        splits={"train": (0, 1, 2, 3), "validation": (), "test": ()},
-        twins=(2, 3, 0, 1),
-        given_pairs={"train": ((0, 3), (1, 2))},
-    )
+    cohort = replace(in_two_contrasts(), images=torch.cat([plain.images, plain.images[:1]]))
     changes = Augmentation(shift_mm=3.0, rotation_deg=20.0, gamma=0.5, noise=0.2)
     settings = Settings(steps=2, batch=2)
     recipe = Recipe("imitator", "noise", "unsupervised", TWO, settings, changes, imitate=True)
-    nobody_else = cohort.pairs("train")  # there are no people to judge by, and nothing is judged here
-    noisy = CohortTask(recipe, cohort, judged=nobody_else)
-    still = replace(recipe, augmentation=replace(changes, gamma=0.0, noise=0.0))
-    quiet = CohortTask(still, cohort, judged=nobody_else)
+    noisy = CohortTask(recipe, cohort)
+    quiet = CohortTask(replace(recipe, augmentation=replace(changes, gamma=0.0, noise=0.0)), cohort)
     # The same anatomy in both contrasts: the pattern of a quiet scanner is what the network sees.
-    alike = replace(cohort, images=plain.images[[0, 1, 0, 1]])
-    same = CohortTask(still, alike, judged=nobody_else)
+    alike = replace(cohort, images=plain.images[[0, 1, 0, 1, 2]])
+    same = CohortTask(quiet.recipe, alike)
     for number in range(6):
         seen, _, shown = noisy._item(number)
         _, _, clean = quiet._item(number)
@@ -286,8 +280,7 @@ def test_what_is_imitated_is_the_person_in_the_contrast_of_the_moving_one_moved_
 def test_only_the_second_encoder_is_trained_and_it_comes_to_see_what_the_first_sees() -> None:
     torch.manual_seed(0)
     recipe = Recipe("imitator", "noise", "unsupervised", TWO, Settings(steps=2, batch=2), imitate=True)
-    cohort = in_two_contrasts()
-    task, net = CohortTask(recipe, cohort, judged=cohort.pairs("train")), shaken(TWO).train()
+    task, net = CohortTask(recipe, in_two_contrasts()), shaken(TWO).train()
     before = {name: p.clone() for name, p in net.state_dict().items()}
     optimiser = torch.optim.Adam(net.parameters(), 3e-3)
     values = []

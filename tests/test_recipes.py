@@ -209,12 +209,13 @@ def test_a_network_is_judged_on_validation_people_only(flat: Cohort) -> None:
     assert CohortTask(other, flat).judged == task.judged  # the same for every seed of a run
 
 
-def test_without_validation_pairs_a_training_is_refused_before_it_begins(flat: Cohort) -> None:
-    train = flat.splits["train"]
-    lonely = replace(flat, splits=flat.splits | {"validation": flat.splits["validation"][:1]})
-    with pytest.raises(ValueError, match="no pair of two validation people"):
-        CohortTask(recipe_for(FLAT), lonely)
-    assert CohortTask(recipe_for(FLAT), lonely, judged=((train[0], train[1]),)).judged == ((train[0], train[1]),)
+def test_a_person_alone_in_validation_judges_with_people_who_are_trained_on_and_nobody_is_refused(flat: Cohort) -> None:
+    first, *others = flat.splits["validation"]
+    alone = CohortTask(recipe_for(FLAT), replace(flat, splits=flat.splits | {"validation": (first,)})).judged
+    assert set(alone) == {pair for t in flat.splits["train"] for pair in ((first, t), (t, first))}
+    assert not {i for pair in alone for i in pair} & set(others)
+    with pytest.raises(ValueError, match="no validation people"):
+        CohortTask(recipe_for(FLAT), replace(flat, splits=flat.splits | {"validation": ()}))
 
 
 AUGMENTED = Augmentation(shift_mm=1.0, rotation_deg=10.0, warp_mm=1.0, warp_spacing_mm=6.0, gamma=0.2, noise=0.05)
