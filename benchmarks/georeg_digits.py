@@ -244,9 +244,9 @@ def model_table(rows: Sequence[Mapping[str, Any]], options: Options) -> Table:
     for model, way in dict.fromkeys((r["model"], r["way"]) for r in rows):
         same = [r for r in rows if (r["model"], r["way"]) == (model, way)]
         cells = [
-            _over_seeds([r["dice"] for r in same], 3),
-            _over_seeds([r["folding"] for r in same], 2),
-            *(_over_seeds([r["level"].get(side, {}).get("share", math.nan) for r in same], 1) for side in sides),
+            tables.over_seeds([r["dice"] for r in same], 3),
+            tables.over_seeds([r["folding"] for r in same], 2),
+            *(tables.over_seeds([r["level"].get(side, {}).get("share", math.nan) for r in same], 1) for side in sides),
         ]
         table.add(model, way, f"{same[0]['parameters']:,}", str(same[0]["pairs"]), *cells)
     means = {form: mean([r["dice"] for r in rows if r["model"] == form]) for form in FORMS}
@@ -266,10 +266,6 @@ def _gained(row: Mapping[str, Any]) -> str:
         parts.append(f"{level['dice'] - before:+.3f} at {side} x {side}")
         before = level["dice"]
     return f"Dice gained: {', '.join(parts)}."
-
-
-def _over_seeds(values: Sequence[float], digits: int) -> str:
-    return number(mean(values), digits) + (f" ± {number(tables.spread(values), digits)}" if len(values) > 1 else "")
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:

@@ -14,9 +14,11 @@ between doing nothing (Id) and the SoI itself: the label maps registered as if a
 the same refinement from the identity, without any training. That is the ceiling.
 
 Dice and ASD (mean distance of the surface voxels, both ways, pooled) are means over structures and pairs, labels warped
-by nearest voxel. The paper's figures are of another data set (UK Biobank, 100 test pairs).
+by nearest voxel. Table 1 may be trained from several seeds: mean and standard deviation over them. The paper's figures
+are of another data set (UK Biobank, 100 test pairs).
 """
 
+import itertools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -66,7 +68,7 @@ class Options(networks.Options):
         parts: of the benchmark.
         pairs: test pairs at most, of each split.
         folds: of the donors; fewer than three test on fewer people.
-        seed: of the trainings.
+        seeds: of the trainings of Table 1.
         weights: folder of the models that are tested as they are.
     """
 
@@ -75,7 +77,7 @@ class Options(networks.Options):
     )  # fmt: skip
     pairs: int = 50
     folds: int = 3
-    seed: int = 0
+    seeds: tuple[int, ...] = (0,)
     weights: Path = SHIPPED
 
 
@@ -99,7 +101,7 @@ def table_one(data: str, folds: Sequence[Cohort], options: Options) -> tuple[Tab
             records.append({"data": data, "kind": kind, "model": model, "way": way} | more | networks.summary(figures))
 
     for kind in [kind for kind in KINDS if any(f"-{kind}-" in name for name in names)]:
-        first = _recipe(f"istn-{data}-{kind}-explicit", folds[0], options)
+        first = _recipe(f"istn-{data}-{kind}-explicit", folds[0], options, options.seeds[0])
         still, best, best_way = [], [], networks.ceiling(options.quick)
         for fold in folds:
             pairs, measure = networks.pairs_to_test(fold, options.pairs), networks.label_figures(fold, device)
@@ -111,16 +113,17 @@ def table_one(data: str, folds: Sequence[Cohort], options: Options) -> tuple[Tab
                 )
             )  # fmt: skip
         note(kind, IDENTITY, networks.pooled(still))
-        for name in [name for name in names if f"-{kind}-" in name]:
+        for name, seed in itertools.product([name for name in names if f"-{kind}-" in name], options.seeds):
             parts, seconds = [], 0.0
             for fold in folds:
-                recipe = _recipe(name, fold, options)
+                recipe = _recipe(name, fold, options, seed)
                 done = networks.trained(recipe, fold, options.runs)
                 pairs, ways = networks.pairs_to_test(fold, options.pairs), {ONE: None, REFINED: recipe.refinement}
                 measure = networks.label_figures(fold, device)
                 parts.append(networks.registered(done.model, fold, pairs, ways, measure, device))
                 seconds += done.seconds
-            note(kind, MODELS[recipe.variant], networks.pooled(parts), recipe=name, training_seconds_wall=seconds)
+            found = networks.pooled(parts)
+            note(kind, MODELS[recipe.variant], found, recipe=name, seed=seed, training_seconds_wall=seconds)
         note(kind, CEILING, networks.pooled(best))
     return show_table_one(data, folds, records, options), records
 
@@ -129,21 +132,22 @@ def show_table_one(data: str, folds: Sequence[Cohort], records: Sequence[dict[st
     """A row a method, ours beside the paper's."""
     people = sum(len(fold.splits["test"]) for fold in folds)
     pairs = max((r["pairs"] for r in records), default=0)
+    several = f", mean ± standard deviation over {len(options.seeds)} seeds" if len(options.seeds) > 1 else ""
     table = Table(
         f"Table 1 on {data}: {pairs} test pairs, {people} test people, {len(folds)} split(s), "
-        f"train on {len(folds[0].splits['train'])}",
+        f"train on {len(folds[0].splits['train'])}{several}",
         ("transform", "method", "Dice, one pass", "refined", "ASD mm, one pass", "refined", "folding %, one pass",
          "refined", "s a pair, one pass", "refinement", "paper's Dice", "paper's ASD, mm"),
     )  # fmt: skip
     order = [IDENTITY, *MODELS.values(), CEILING]
     for kind in KINDS:
         for model in order:
-            rows = {r["way"]: r for r in records if (r["kind"], r["model"]) == (kind, model)}
+            rows = [r for r in records if (r["kind"], r["model"]) == (kind, model)]
             if not rows:
                 continue
             cells = [
-                tables.number(rows.get(way, {}).get(key), digits)
-                for key, digits in (("dice", 3), ("asd", 3), ("folding", 3), ("seconds", 3))
+                tables.over_seeds([r[key] for r in rows if r["way"] == way and key in r], 3)
+                for key in ("dice", "asd", "folding", "seconds")
                 for way in (ONE, REFINED)
             ]
             theirs = (None,) * 4 if options.quick else PAPER[kind][model]
@@ -164,14 +168,18 @@ def show_table_one(data: str, folds: Sequence[Cohort], records: Sequence[dict[st
 
 
 def statements(kind: str, records: Sequence[dict[str, Any]]) -> list[str]:
-    """How far the ISTN are from the ceiling, and how far ahead of STN-u, worked out from the numbers."""
-    dice = {r["model"]: r["dice"] for r in records if r["kind"] == kind and r["way"] == REFINED}
-    one = {r["model"]: r["dice"] for r in records if r["kind"] == kind and r["way"] == ONE and r["model"] != IDENTITY}
+    """How far the ISTN are from the ceiling, and how far ahead of STN-u, worked out from the means over the seeds."""
+    scores: dict[str, dict[str, dict[int, float]]] = {ONE: {}, REFINED: {}}
+    for r in records:
+        if r["kind"] == kind:
+            scores[r["way"]].setdefault(r["model"], {})[r.get("seed", 0)] = r["dice"]
+    dice = {model: tables.mean(list(found.values())) for model, found in scores[REFINED].items()}
     ours = {model: value for model, value in dice.items() if model.startswith("ISTN")}
     notes = []
-    for way, scores in ((ONE, one), (REFINED, {m: v for m, v in dice.items() if m != CEILING})):
-        if len(scores) > 1:
-            notes.append(f"Rank by Dice, {KINDS[kind]}, {way}: {tables.ranked(scores)}.")
+    for way, found in scores.items():
+        compared = {model: by_seed for model, by_seed in found.items() if model not in (IDENTITY, CEILING)}
+        if len(compared) > 1:
+            notes.append(f"Rank by Dice, {KINDS[kind]}, {way}: {tables.ranked_over_seeds(compared)}.")
     for model, value in ours.items():
         if CEILING in dice:
             gap = dice[CEILING] - value
@@ -189,7 +197,7 @@ def statements(kind: str, records: Sequence[dict[str, Any]]) -> list[str]:
 
 def as_shipped(name: str, cohort: Cohort, options: Options) -> tuple[list[Table], list[dict[str, Any]]]:
     """One model as its file has it, on the test people of its data, at the number of cores of a laptop."""
-    recipe = _recipe(name, cohort, options)
+    recipe = _recipe(name, cohort, options, 0)
     path = options.weights / f"{name}{SUFFIX}"
     if options.quick:
         model = Model(name, networks.untrained(recipe.config), recipe.refinement)
@@ -276,8 +284,11 @@ def part(name: str, options: Options) -> tuple[list[Table], list[dict[str, Any]]
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Run it; see the module."""
     options = tyro.cli(Options, args=arguments)
-    if options.folds < 1 or options.pairs < 1:
-        raise ValueError(f"Folds and pairs are 1 or more, but they are {options.folds} and {options.pairs}.")
+    if min(options.folds, options.pairs, len(options.seeds)) < 1:
+        raise ValueError(
+            f"Folds, pairs and seeds are 1 or more, but they are {options.folds}, {options.pairs} and "
+            f"{len(options.seeds)}."
+        )
     torch.set_num_threads(options.threads)
     before = networks.hardware(torch.device(options.device))
     shown: list[Table] = []
@@ -286,12 +297,12 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         found, rows = part(name, options)
         shown += found
         records += rows
-    facts = {"seeds": (options.seed,), "quick": options.quick, "hardware": before}
+    facts = {"seeds": options.seeds, "quick": options.quick, "hardware": before}
     return tables.report("benchmarks.istn_brains", arguments, options.json, shown, records, facts)
 
 
-def _recipe(name: str, cohort: Cohort, options: Options) -> Recipe:
-    changes = {"seed": options.seed} | ({} if options.steps is None else {"steps": options.steps})
+def _recipe(name: str, cohort: Cohort, options: Options, seed: int) -> Recipe:
+    changes = {"seed": seed} | ({} if options.steps is None else {"steps": options.steps})
     recipe = networks.find_recipe(name, **changes)
     return networks.small(recipe, cohort) if options.quick else recipe
 

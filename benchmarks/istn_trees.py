@@ -149,8 +149,10 @@ def accuracy_table(trees: Trees, records: Sequence[dict[str, Any]], compare: boo
         theirs = known.get(way if way == ONE else "refined", (None,) * 3)
         table.add(
             KINDS.get(kind, ""), model, way if kind else "",
-            *(_over_seeds(rows, key, digits) for key, digits in (("dice", 3), ("asd", 3), ("tre", 2), ("folding", 2))),
-            _over_seeds(rows, "seconds", 3),
+            *(
+                tables.over_seeds([r[key] for r in rows if key in r], digits)
+                for key, digits in (("dice", 3), ("asd", 3), ("tre", 2), ("folding", 2), ("seconds", 3))
+            ),
             *(tables.number(value, digits) for value, digits in zip(theirs, (3, 3, 2), strict=True)),
         )  # fmt: skip
     table.notes += statements(records, compare)
@@ -172,14 +174,9 @@ def statements(records: Sequence[dict[str, Any]], compare: bool = True) -> list[
             by_model = {model: found for model, found in by_model.items() if found}
             if len(by_model) < 2:
                 continue
-            scores = {m: tables.mean([r["dice"] for r in found.values()]) for m, found in by_model.items()}
+            scores = {m: {seed: r["dice"] for seed, r in found.items()} for m, found in by_model.items()}
             seeds = sorted(set.intersection(*(set(found) for found in by_model.values())))
-            order = sorted(scores, key=lambda m: scores[m], reverse=True)
-            same = sum(
-                sorted(by_model, key=lambda m: by_model[m][s]["dice"], reverse=True) == order for s in seeds
-            )  # fmt: skip
-            note = f"Rank by Dice, {KINDS[kind]}, {way}: {tables.ranked(scores)}; the same order in {same} of "
-            note += f"{len(seeds)} seeds."
+            note = f"Rank by Dice, {KINDS[kind]}, {way}: {tables.ranked_over_seeds(scores)}."
             if len(by_model) == len(MODELS):
                 above = sum(
                     min(by_model[m][s]["dice"] for m in ("ISTN-e", "ISTN-i"))
@@ -349,14 +346,6 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
 def _mean(rows: Sequence[dict[str, Any]], key: str) -> float:
     return tables.mean([r[key] for r in rows])
-
-
-def _over_seeds(rows: Sequence[dict[str, Any]], key: str, digits: int) -> str:
-    values = [r[key] for r in rows if key in r]
-    if not values:
-        return "-"
-    sd = tables.spread(values)
-    return tables.number(tables.mean(values), digits) + ("" if sd != sd else f" ± {sd:.{digits}f}")
 
 
 if __name__ == "__main__":

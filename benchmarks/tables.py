@@ -87,6 +87,28 @@ def ranked(scores: Mapping[str, float], digits: int = 3) -> str:
     return " > ".join(f"{name} {scores[name]:.{digits}f}" for name in order)
 
 
+def ranked_over_seeds(scores: Mapping[str, Mapping[int, float]]) -> str:
+    """Names from the highest mean score to the lowest, and in how many of the seeds common to all the order holds.
+
+    Args:
+        scores: of each name, by seed.
+    """
+    means = {name: mean(list(found.values())) for name, found in scores.items()}
+    seeds = sorted(set.intersection(*(set(found) for found in scores.values())))
+
+    def order(values: Mapping[str, float]) -> list[str]:
+        return sorted(values, key=lambda name: values[name], reverse=True)
+
+    same = sum(order({name: scores[name][seed] for name in means}) == order(means) for seed in seeds)
+    return ranked(means) + (f"; the same order in {same} of {len(seeds)} seeds" if len(seeds) > 1 else "")
+
+
+def over_seeds(values: Sequence[float], digits: int) -> str:
+    """A cell: the mean, and the standard deviation where there are several."""
+    sd = spread(values)
+    return number(mean(values), digits) + ("" if math.isnan(sd) else f" ± {number(sd, digits)}")
+
+
 def mean(values: Sequence[float]) -> float:
     """Arithmetic mean; nan of nothing."""
     return sum(values) / len(values) if values else math.nan

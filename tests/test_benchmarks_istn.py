@@ -255,6 +255,19 @@ def test_brains(tmp_path: Path) -> None:
     assert "2 test pairs, 2 test people, 1 split(s)" in fewer["tables"][0]["title"]
 
 
+def test_table_one_over_seeds(tmp_path: Path) -> None:
+    chosen = ("--parts", "donors", "--recipes", "affine-explicit", "--folds", "1", "--seeds", "0", "1")
+    record, _ = run(istn_brains.main, tmp_path, *chosen)
+    (table,) = record["tables"]
+    assert record["seeds"] == [0, 1]
+    assert table["title"].endswith("mean ± standard deviation over 2 seeds")
+    assert [[("±" in row[k]) for k in (2, 3)] for row in table["rows"]] == [[False] * 2, [True] * 2, [False] * 2]
+    scores = [r["dice"] for r in record["records"] if (r["model"], r["way"]) == ("ISTN-e", "refined")]
+    assert len(scores) == len({r["seed"] for r in record["records"] if r["model"] == "ISTN-e"}) == 2
+    assert float(table["rows"][1][3].split(" ± ")[0]) == pytest.approx(sum(scores) / 2, abs=1e-3)
+    assert len(list((tmp_path / "runs").iterdir())) == 2
+
+
 def test_slices(tmp_path: Path) -> None:
     record, _ = run(istn_slices.main, tmp_path, "--folds", "2")
     (table,) = record["tables"]
@@ -344,6 +357,19 @@ def test_gap_and_lead_of_table_one_are_differences() -> None:
     assert "above refined STN-u: 0.040; the aim is at least 0.03: reached. The paper's lead here is 0.04." in notes[1]
     assert notes[2].endswith("below the ceiling: 0.050; the aim is at most 0.03: missed by 0.020.")
     assert "0.010; the aim is at least 0.03: missed by 0.020. The paper's lead here is 0.03." in notes[3]
+    twice = [r | {"seed": 0} for r in records] + [r | {"seed": 1, "dice": r["dice"] + 0.02} for r in records[:3]]
+    rank, *notes = istn_brains.statements("affine", twice)
+    assert rank.endswith("ISTN-e 0.840 > ISTN-i 0.810 > STN-u 0.800; the same order in 2 of 2 seeds.")
+    assert "below the ceiling: 0.010;" in notes[0]
+    assert "above refined STN-u: 0.040;" in notes[1]
+
+
+def test_ranks_over_seeds_are_those_of_the_means() -> None:
+    scores = {"a": {0: 0.5, 1: 0.7, 2: 0.9}, "b": {0: 0.6, 1: 0.6}}
+    assert tables.ranked_over_seeds(scores) == "a 0.700 > b 0.600; the same order in 1 of 2 seeds"
+    assert tables.ranked_over_seeds({"a": {0: 0.5}, "b": {0: 0.6}}) == "b 0.600 > a 0.500"
+    assert tables.over_seeds([0.5, 0.7], 3) == "0.600 ± 0.141"
+    assert [tables.over_seeds(values, 2) for values in ([0.5], [])] == ["0.50", "-"]
 
 
 def test_slices_are_compared_with_tools_and_ceiling() -> None:
@@ -421,7 +447,7 @@ def test_weights_that_do_not_ship_are_a_sentence(cohort: Cohort, tmp_path: Path)
         (istn_trees.main, ["--recipes", "no-such"], "No recipe has 'no-such' in its name"),
         (istn_brains.main, ["--recipes", "no-such"], "No recipe has 'no-such' in its name"),
         (istn_slices.main, ["--recipes", "no-such"], "No recipe has 'no-such' in its name"),
-        (istn_brains.main, ["--folds", "0"], "Folds and pairs are 1 or more"),
+        (istn_brains.main, ["--folds", "0"], "Folds, pairs and seeds are 1 or more"),
         (istn_slices.main, ["--refinements", "0"], "are 1 or more"),
     ],
 )
