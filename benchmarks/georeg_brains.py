@@ -50,7 +50,7 @@ from regteach.data.modalities import load_mni_contrasts, same_anatomy
 from regteach.data.named import BRAINS
 from regteach.grid import Grid
 from regteach.nets.georeg import GeoRegConfig
-from regteach.nets.istn import count_parameters
+from regteach.nets.istn import count_parameters, parameters_by_part
 from regteach.recipes import Recipe
 from regteach.refinement import refine, search
 from regteach.sampling import warp
@@ -311,6 +311,7 @@ def measure(trial: Trial, options: Options) -> tuple[Table, list[dict[str, Any]]
         for record in records:
             if record["method"] in (ONE, REFINED):
                 record["parameters"] = count_parameters(model.network)
+                record["parameters_by_part"] = parameters_by_part(model.network)
                 record["training_peak_mb"] = memory.peak_mb
     return shown(trial, records, found, how, options), records
 
@@ -351,6 +352,7 @@ def shown(
         table.add(r["method"], *cells)
     if not options.quick:
         table.notes += statements(trial.part, records, found)
+        table.notes += [tables.in_parts(r["parameters_by_part"]) for r in records if r["method"] == ONE]
         if ONE not in found:
             table.notes.append(f"There are no weights {name}{SUFFIX} in {options.weights.name}/: GeoReg is left out.")
     affine, splines = (", ".join(map(str, factors)) for factors in (how.affine, how.splines))

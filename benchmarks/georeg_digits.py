@@ -32,7 +32,7 @@ from regteach.checkpoints import load
 from regteach.data.cohort import Cohort
 from regteach.grid import Grid
 from regteach.nets.georeg import GeoRegConfig
-from regteach.nets.istn import count_parameters
+from regteach.nets.istn import count_parameters, parameters_by_part
 from regteach.refinement import Refinement, refine
 from regteach.result import Result, after_each
 from regteach.sampling import warp
@@ -209,6 +209,7 @@ def shipped_rows(cohort: Cohort, pairs: networks.Pairs, options: Options) -> lis
         model = load(options.weights)
         network, refinement = model.network, model.refinement
     head = {"model": RECIPE, "parameters": count_parameters(network)}
+    head |= {"parameters_by_part": parameters_by_part(network)}
     few = pairs[: options.refined_pairs]
     ways = ((ONE, pairs, None), (f"{ONE}, fewer pairs", few, None), (REFINED, few, refinement))
     return [
@@ -252,6 +253,7 @@ def model_table(rows: Sequence[Mapping[str, Any]], options: Options) -> Table:
     means = {form: mean([r["dice"] for r in rows if r["model"] == form]) for form in FORMS}
     seeds = f"mean ± standard deviation over {len(options.seeds)} seeds" if len(options.seeds) > 1 else "one seed"
     table.notes += [
+        f"{RECIPE}. {tables.in_parts(rows[0]['parameters_by_part'])}",
         f"Dice with the small budget, {seeds}: {tables.ranked(means)}.",
         "Refinement turns the whole, so no level has a share of it.",
         f"{RECIPE} was trained for longer and with larger batches: compare the last {len(FORMS)} rows with each other.",

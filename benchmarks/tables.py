@@ -103,6 +103,11 @@ def ranked_over_seeds(scores: Mapping[str, Mapping[int, float]]) -> str:
     return ranked(means) + (f"; the same order in {same} of {len(seeds)} seeds" if len(seeds) > 1 else "")
 
 
+def in_parts(counts: Mapping[str, int]) -> str:
+    """How many parameters each part of a network has."""
+    return "Parameters: " + ", ".join(f"{part} {count:,}" for part, count in counts.items()) + "."
+
+
 def over_seeds(values: Sequence[float], digits: int) -> str:
     """A cell: the mean, and the standard deviation where there are several."""
     sd = spread(values)

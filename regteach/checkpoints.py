@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from regteach.grid import Grid
@@ -123,7 +123,9 @@ def save_model(path: Path, model: Model) -> Path:
     weights = {name: t.detach().cpu().half().contiguous() for name, t in model.network.state_dict().items()}
     _check_finite(weights, f"The network of {model.name}")
     try:
-        write_whole(path, lambda temporary: save_file(weights, temporary, header))
+        # As bytes: what safetensors writes itself, nobody but its owner may read.
+        data = save(weights, header)
+        write_whole(path, lambda temporary: temporary.write_bytes(data))
     except (SafetensorError, OSError) as error:
         raise ValueError(f"The checkpoint {path} can not be written ({_reason(error)}).") from None
     return path

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regteach import objectives, plotting
+from regteach import objectives, plotting, regularity
 from regteach.checkpoints import Model, load, network
 from regteach.data.augment import augmented
 from regteach.data.cohort import Cohort
@@ -81,6 +81,17 @@ class CohortTask:
                     f"{self.recipe.name} has {levels} levels and needs a weight for each, and one above 0 among those "
                     "that are trained from the start."
                 )
+        if self.recipe.bending and isinstance(config, GeoRegConfig):
+            coarsest = config.grid.coarsened(2 ** (len(config.widths) - 1))
+            if min(coarsest.shape) < regularity.LEAST:
+                raise ValueError(
+                    f"The coarsest of {self.recipe.name}'s {len(config.widths)} levels has {coarsest.shape} voxels: "
+                    f"its bending needs {regularity.LEAST} along each axis, so take fewer levels, or no bending."
+                )
+        shown = cohort.soi[list(cohort.splits["train"])].flatten(2).amax((0, 2)) > 0
+        missing = [name for name, there in zip(cohort.structures.values(), shown.tolist(), strict=True) if not there]
+        if missing:
+            raise ValueError(f"No training image of {cohort.name} shows {' or '.join(missing)}.")
         if not cohort.pairs("train"):
             raise ValueError(f"{cohort.name} has no pair of two people to train on.")
 

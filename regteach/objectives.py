@@ -177,10 +177,14 @@ def multiscale(
     across: bool = True,
     window_vox: int = WINDOW,
 ) -> Terms:
-    """L = sum_l w_l (L_interp + L_refine), each the mean over the outputs of D + lambda R at their own resolution.
+    """L = sum_k w_l(k) (D_k + lambda R_k) / sum_k w_l(k), over all outputs k: each level's interpolation and its steps.
 
-    Both images are averaged down to the grid of an output before they are compared there. R is the bending energy of
-    the whole displacement so far, in 1/mm^2, on the same grid.
+    So it is an average, in which a level l counts as often as it has outputs. Both images are averaged down to the grid
+    of an output before D compares them there. R is the bending energy of the whole displacement so far, in 1/mm^2, on
+    the same grid.
+
+    Source: Sideri-Lampretsa et al., arXiv 2412.13294, eqs 8 to 10, which add the levels up; an average keeps the
+    learning rate and lambda what they are when levels or steps are added.
 
     Args:
         result: of a network whose features are the images. A step's output lies on a grid of its own (a Dense on

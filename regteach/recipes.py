@@ -265,7 +265,7 @@ def _georeg() -> list[Recipe]:
             people,
             name="georeg-brains-t1t2",
             data="brains-t1t2",
-            config=replace(deep, encoders=2, similarity="mutual_information"),
+            config=replace(deep, encoders=2, contrasts=("T1", "T2"), similarity="mutual_information"),
             settings=replace(people.settings, steps=900, validate_every=150),
             augmentation=Augmentation(4.0, 6.0, 1.08, 0.04, 4.0, 24.0, gamma=0.5, bias=0.2, noise=0.04, blur_mm=1.0),
             bending=0.0,
@@ -279,10 +279,17 @@ def _georeg() -> list[Recipe]:
             "georeg-retina",
             "retina",
             "unsupervised",
-            GeoRegConfig(RETINA, (8, 16, 32, 32, 64), (0, 3, 3, 3, 3), (2, 3, 3, 3)),
-            Settings(steps=300, batch=4, rate=1e-3, warmup=30, decay=True, precision="bf16", validate_every=50),
-            bending=1e-4,
-            refinement=Refinement(30, "greedy", 0.7, coarser=(40,) * 4, smoothing_vox=(2.5, 0.8)),
+            # One rough step a level, 300 steps of training on 40 eyes: a Dice of 0.745 on validation eyes in one pass.
+            GeoRegConfig(
+                RETINA, (8, 16, 32, 32, 64), (0, 3, 3, 3, 3), (2, 3, 3, 3), (0, 4, 4, 2, 1), smoothing_vox=1.0
+            ),
+            # The second of two runs. A first one of 700 steps, from nothing, with half the bending, saw the visits as
+            # they are: 0.826, and no step sideways, where a visit differs little. Shifted further, with these: 0.858.
+            Settings(steps=600, batch=4, rate=1e-3, warmup=30, decay=True, precision="bf16", validate_every=100),
+            Augmentation(shift_mm=0.25),
+            bending=2e-4,
+            refinement=Refinement(30, "greedy", 0.7, coarser=(40,) * 4, smoothing_vox=(2.5, 0.8), restart=True),
+            start="georeg-retina",
         ),
     ]
 

@@ -31,6 +31,7 @@ from regteach.correspondences import Keypoints, Table, correspondences, in_worki
 from regteach.data.volumes import Volume, save_displacement, save_volume
 from regteach.framing import Source, as_volume, span
 from regteach.grid import Grid
+from regteach.nets.georeg import GeoReg
 from regteach.nets.keypoint_field import KeypointTransform
 from regteach.nets.keypoint_kernel import KeypointKernel
 from regteach.refinement import Refinement, refine
@@ -193,7 +194,8 @@ def register(
     Args:
         moving, fixed: paths of NIfTI files, images of nibabel, volumes, or pairs (array, Grid); they may differ in size
             and spacing. Their world coordinates hold, unless they lie far apart: then the middles are aligned first,
-            and the report says so.
+            and the report says so. A model for two contrasts takes the first as moving and the second as fixed image:
+            the report's notes name them, and say so if the images look exchanged.
         model: a loaded model, its name, or the path of its file.
         refine: test-time refinement: None as the model recommends it; a number of steps, else as recommended (of a
             greedy search, of the last and finest steps; 0 is none at all); or settings of your own.
@@ -232,6 +234,7 @@ def register(
     result, curve, taken = _found(model, [images["moving"], images["fixed"]], grid, settings, where)
 
     mapping = Compose((result.transform, start))
+    compare = objectives.at_test_time(model.network, settings.window_vox)
     after = readers["moving"](mapping)
     det = jacobian_determinant(result.transform, grid).detach()
     report = {
@@ -242,8 +245,9 @@ def register(
             "after": _number(similarity.ncc(after, images["fixed"])),
         },
         "feature_loss": {
-            "before": _number(objectives.pyramid_mse(*result.features)),
-            "after": _number(objectives.refinement(result.features, result.transform, grid)),
+            "measure": "what refinement makes small, without its sharpening and weights; before: at the start",
+            "before": _number(compare(result.features, Identity(grid.dim), grid)),
+            "after": _number(compare(result.features, result.transform, grid)),
         },
         **_regularity(det),
         "refinement_steps": taken,
@@ -251,7 +255,7 @@ def register(
         "curve": curve,
         "start": f"middles aligned ({far_mm:.1f} mm apart)" if isinstance(start, Affine) else "world coordinates",
         "working_grid": {"shape": grid.shape, "spacing_mm": grid.spacing, "origin_mm": grid.origin},
-        "notes": [note for volume in pair.values() for note in volume.notes],
+        "notes": [note for volume in pair.values() for note in volume.notes] + _order(model, images),
         "device": str(on),
         "seconds": round(time.perf_counter() - begun, 3),
         "use": WARNING,
@@ -361,6 +365,17 @@ def _found(
         with torch.no_grad():
             found = replace(found, transform=Dense(displacement(found.transform, grid), grid))
     return found, [round(float(value), 6) for value in refined.curve[:, 0]], int(refined.stopped[0])
+
+
+def _order(model: Model, images: dict[str, Tensor]) -> list[str]:
+    """Of a model for two contrasts: which image is which, and whether they look exchanged."""
+    if not isinstance(model.network, GeoReg) or model.network.config.encoders == 1:
+        return []
+    moving, fixed = model.network.config.contrasts or ("the first contrast", "the second contrast")
+    told = [f"{model.name} takes {moving} as the moving image and {fixed} as the fixed image."]
+    if bool(model.network.look_exchanged(images["moving"], images["fixed"])):
+        told.append("These two look exchanged: register them the other way round.")
+    return told
 
 
 def _moved(transform: Any, device: torch.device) -> Any:

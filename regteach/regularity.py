@@ -25,6 +25,8 @@ from regteach.precision import exactly
 from regteach.sampling import gradient
 from regteach.transforms import determinant
 
+LEAST = 3  # voxels along each axis that bending, of second derivatives, needs
+
 
 def diffusion(displacement: Float[Tensor, "b *grid d"], grid: Grid) -> Float[Tensor, "b"]:
     """Mean of |grad u|^2: the squared slopes of all components along all axes, added up; without unit (mm per mm).
@@ -49,7 +51,7 @@ def bending_energy(displacement: Float[Tensor, "b *grid d"], grid: Grid) -> Floa
     Raises:
         ValueError: if the field is not on the grid, or an axis has fewer than three voxels.
     """
-    _check(displacement, grid, least=3)
+    _check(displacement, grid, least=LEAST)
     total = displacement.new_zeros(())
     for k, m in itertools.combinations_with_replacement(range(grid.dim), 2):
         second = _difference(_difference(displacement, grid, k), grid, m)

@@ -18,7 +18,7 @@ from regteach.checkpoints import AnyConfig, Model, load, save_model
 from regteach.cohort_task import CohortTask
 from regteach.keypoint_task import KeypointTask
 from regteach.nets.georeg import GeoRegConfig
-from regteach.nets.istn import ISTNConfig, count_parameters
+from regteach.nets.istn import ISTNConfig, count_parameters, parameters_by_part
 from regteach.nets.kernel import KernelConfig
 from regteach.nets.keypoint_kernel import KeypointKernelConfig
 from regteach.nets.voxelmorph import VoxelMorphConfig
@@ -111,6 +111,7 @@ def card(recipe: AnyRecipe, model: Model, figures: dict[str, Any], trained: Trai
         **figures,
         "validation": trained.best,
         "parameters": count_parameters(model.network),
+        "parameters_by_part": parameters_by_part(model.network),
         "training_seconds": round(trained.seconds),
         "hardware": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used; no GPU"
         if not torch.cuda.is_available()

@@ -95,14 +95,23 @@ def test_saving_leaves_the_network_as_it_was(tmp_path: Path) -> None:
     assert all(value.dtype == torch.float32 for value in model.network.state_dict().values())
 
 
+def test_whoever_may_read_other_files_may_read_a_checkpoint(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.touch()
+    path = save_model(tmp_path / "m.safetensors", made())
+    assert path.stat().st_mode == other.stat().st_mode
+
+
 def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(saved: Path, monkeypatch) -> None:
     old = saved.read_bytes()
 
-    def half(weights, path, header) -> None:
-        Path(path).write_bytes(b"half of it")
+    whole = Path.write_bytes
+
+    def half(path: Path, data: bytes) -> None:
+        whole(path, data[: len(data) // 2])
         raise OSError("the disk is full")
 
-    monkeypatch.setattr(checkpoints, "save_file", half)
+    monkeypatch.setattr(Path, "write_bytes", half)
     with pytest.raises(ValueError) as caught:
         save_model(saved, dataclasses.replace(made(), name="other"))
     assert one_sentence(caught.value, "can not be written", "the disk is full")

@@ -17,9 +17,12 @@ from regteach.nets.georeg import GeoReg, GeoRegConfig
 from regteach.nets.istn import AffineStage, ISTNConfig
 from regteach.nets.voxelmorph import VoxelMorphConfig
 from regteach.recipes import Recipe, find_recipe
+from regteach.regularity import bending_energy
+from regteach.result import after_each
 from regteach.sampling import warp
-from regteach.similarity import local_ncc, ncc
+from regteach.similarity import dissimilarity, local_ncc, ncc
 from regteach.training import Settings
+from regteach.transforms import Dense
 
 MAPS = ISTNConfig(Grid((16, 16)), (AffineStage(widths=(4, 8), hidden=8),), itn=(4, 8))
 SMALL = GeoRegConfig(Grid((16, 16)), (4, 8, 8), (0, 3, 3), (3, 3))
@@ -199,6 +202,51 @@ def test_a_recipe_says_in_what_windows_images_are_compared(window_vox: int) -> N
     (moving, fixed), *_ = task._item(0)
     term = task.loss(task.build(), (0,), torch.device("cpu"))["image"]  # the untrained network is the identity
     torch.testing.assert_close(term, 1 - local_ncc(moving, fixed, window_vox))
+
+
+def test_a_structure_that_nobody_shows_is_said_before_training() -> None:
+    """Empty, or one of two: either would be trained to the end, on nothing."""
+    recipe, cohort = Recipe("empty", "noise", "explicit", MAPS, Settings(steps=2, batch=2)), noise()
+    CohortTask(recipe, cohort)
+    two = replace(cohort, soi=torch.cat([cohort.soi, 0 * cohort.soi], 1), structures={1: "all", 2: "none"})
+    given = [(recipe, replace(cohort, soi=0 * cohort.soi), "No training image of noise shows all.")]
+    given.append((replace(recipe, config=replace(MAPS, structures=2)), two, "No training image of noise shows none."))
+    for asked, shown, says in given:
+        with pytest.raises(ValueError) as error:
+            CohortTask(asked, shown)
+        assert str(error.value) == says
+
+
+def test_levels_too_small_to_bend_are_said_before_training() -> None:
+    config = replace(SMALL, widths=(4, 8, 8, 8), windows=(0, 3, 3, 3), parents=(3, 3, 3))  # 16, 8, 4, 2 voxels
+    recipe = Recipe("bent", "noise", "unsupervised", config, Settings(steps=2, batch=2), bending=1.0)
+    with pytest.raises(ValueError, match=r"4 levels has \(2, 2\) voxels: its bending needs 3 along each") as error:
+        CohortTask(recipe, noise())
+    assert one_sentence(error.value)
+    CohortTask(replace(recipe, bending=0.0), noise())
+
+
+@pytest.mark.parametrize("similarity", ["ncc", "local_ncc", "mutual_information"])
+def test_the_loss_over_levels_is_the_average_that_it_says(similarity: str) -> None:
+    """Output by output, with weights and steps that differ from level to level."""
+    torch.manual_seed(0)
+    config = replace(SMALL, windows=(3, 3, 3), iterations=(1, 3, 2), similarity=similarity)
+    grid, net, weights = config.grid, shaken(config), (1.0, 0.5, 0.2)
+    moving, fixed = torch.rand(2, 2, 1, 16, 16)
+    result = net(moving, fixed, grid)
+    images, bendings, shares = [], [], []
+    for found in after_each(result.steps):
+        assert isinstance(found, Dense)
+        factor = 16 // found.grid.shape[0]
+        a, b = (torch.nn.functional.avg_pool2d(image, factor) for image in (moving, fixed))
+        images.append(dissimilarity(similarity)(warp(a, found, found.grid), b))
+        bendings.append(bending_energy(found.displacement, found.grid))
+        shares.append(weights[[1, 2, 4].index(factor)])
+    assert sorted(shares, reverse=True) == [1.0] * 2 + [0.5] * 4 + [0.2] * 2  # the coarsest inherits nothing
+    terms = objectives.multiscale(result, grid, similarity, 3.0, weights)
+    for key, values, factor in (("image", images, 1.0), ("bending", bendings, 3.0)):
+        expected = factor * sum(w * value for w, value in zip(shares, values, strict=True)) / sum(shares)
+        torch.testing.assert_close(terms[key], expected)
 
 
 # ---- parts that rest ----

@@ -186,6 +186,8 @@ def _draw(tissue: Int[Tensor, "*grid"], grid: Grid, config: Contrast, dice: _Dic
     image = image * _bias_field(grid, config.bias * dice.uniform(0, 1), config.bias_spacing_mm, dice)
     noise = config.noise * dice.uniform(0, 1)
     image = image + noise * dice.randn(*grid.shape)
+    if stripped:  # before the scale is chosen: noise and blur outside are no signal
+        image = image * (tissue > 0)
     image = _scaled(image)
     image = image ** math.exp(dice.uniform(-config.log_gamma, config.log_gamma))
     if stripped:

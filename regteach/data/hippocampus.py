@@ -150,4 +150,7 @@ def _read(folder: Path, name: str, grid: Grid) -> tuple[Tensor, Tensor]:
     unknown = labels.data[~torch.isin(labels.data, torch.tensor([0, *STRUCTURES]))]
     if len(unknown):
         raise ValueError(f"The labels of {name} hold the value {unknown[0]}, but only 0, 1 and 2 have a meaning.")
+    for value, structure in STRUCTURES.items():
+        if not bool((labels.data == value).any()):
+            raise ValueError(f"The labels of {name} show no {structure} (value {value}).")
     return centred(normalised(image.batch), grid.shape)[0], centred(labels.data, grid.shape)[0]

@@ -93,10 +93,11 @@ class LayerMap(Transform):
     def jacobian(self, points: Tensor) -> Tensor:
         """Exact, by differentiating the formula; at a boundary or a knot it is that of one of the two sides."""
         with torch.enable_grad():
-            at = points.detach().requires_grad_()
+            count = max(len(points), len(self.x_mm))  # each item needs points of its own, or their slopes add up
+            at = points.detach().expand(count, -1, -1).clone().requires_grad_()
             out = self(at)
             rows = [torch.autograd.grad(out[..., i].sum(), at, retain_graph=i == 0)[0] for i in range(2)]
-        return torch.stack(rows, dim=-2).expand(*out.shape, 2)
+        return torch.stack(rows, dim=-2)
 
     def inverse(self) -> "LayerMap":
         """The same map with fixed and moving exchanged."""

@@ -69,6 +69,12 @@ def _brains_by_source() -> Cohort:
     return joined("brains-by-source", [donors, replace(maps, splits=splits)], mixed=False)
 
 
+def _oasis() -> Cohort:
+    from regteach.data.brains import load_oasis
+
+    return load_oasis(2.0, BRAINS.shape, sides="merged")
+
+
 def _digits() -> Cohort:
     from regteach.data.digits import load_digit_pairs
 
@@ -84,7 +90,7 @@ def _unlabelled_slices() -> Cohort:
 def _retina() -> Cohort:
     from regteach.data.retina import generate_retina
 
-    return generate_retina()
+    return generate_retina(train=200)
 
 
 def _brains_t1t2() -> Cohort:
@@ -108,6 +114,7 @@ COHORTS: dict[str, Callable[[], Cohort]] = {
     "donors": lambda: _donors(3.0, (64, 64, 64)),
     "brains": _brains,
     "brains-by-source": _brains_by_source,
+    "oasis": _oasis,
     "donors-2mm": lambda: _donors(2.0, (96, 112, 96)),
     "digits": _digits,
     "unlabelled-slices": _unlabelled_slices,

@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -40,6 +40,7 @@ from regteach.ops.neighbourhood import in_slabs, neighbourhood_attention, parent
 from regteach.precision import exactly
 from regteach.result import Result, Step, after_each
 from regteach.sampling import flat_points, grid_points, sample, smooth_field, warp
+from regteach.similarity import dissimilarity
 from regteach.transforms import Dense, Transform
 
 # Of query, rest positions, positions; then window, frequencies and length_mm of the Deformation that asks, by name.
@@ -60,6 +61,7 @@ class GeoRegConfig:
         iterations: steps a level; 1 each where left out.
         channels: of an image.
         encoders: 1 for both images, or 2, one for the moving and one for the fixed image (two modalities).
+        contrasts: of two encoders, what the moving and what the fixed image are, in words: ("T1", "T2").
         similarity: what the images are compared by, in training and in refinement: "ncc", "local_ncc", ...
         moves: "points" (coordinates move), or "features": the moving features are resampled at the points instead, and
             looked at from their rest positions. For comparison.
@@ -81,6 +83,7 @@ class GeoRegConfig:
     iterations: tuple[int, ...] = ()
     channels: int = 1
     encoders: int = 1
+    contrasts: tuple[str, ...] = ()
     similarity: str = "ncc"
     moves: str = "points"
     interpolation: str = "learned"
@@ -101,7 +104,7 @@ class GeoRegConfig:
             raise ValueError(f"Iterations are one number for each of the {levels} levels, or none at all.")
         if not self.steps[-1]:
             raise ValueError("The coarsest level has nothing to interpolate from: it has a window, and takes a step.")
-        if min(*self.windows, *self.parents, *self.iterations) < 0 or any(
+        if min((*self.windows, *self.parents, *self.iterations)) < 0 or any(
             width % 2 or width < 2 for width in self.widths
         ):
             raise ValueError("Windows and iterations are not negative, and widths are even numbers of at least 2.")
@@ -112,6 +115,9 @@ class GeoRegConfig:
                 raise ValueError(f"{name} is one of {', '.join(options)}, not {getattr(self, name)!r}.")
         if self.encoders not in (1, 2):
             raise ValueError(f"Two images have 1 encoder or 2, not {self.encoders}.")
+        if self.contrasts and len(self.contrasts) != 2 * (self.encoders - 1):
+            raise ValueError(f"Two contrasts are those of two encoders, not {self.contrasts} of {self.encoders}.")
+        dissimilarity(self.similarity)  # an unknown name is refused here, not in the first step of a training
         check_size(self.grid, levels)
 
     @property
@@ -217,6 +223,22 @@ class GeoReg(nn.Module):
         """The same as a call: what refinement compares are the images themselves."""
         result: Result = self(moving, fixed, grid)
         return result
+
+    @torch.no_grad()
+    def look_exchanged(self, moving: Tensor, fixed: Tensor) -> Bool[Tensor, "b"]:
+        """Whether two contrasts came in the wrong order: the encoders agree better on the images exchanged.
+
+        Each encoder draws the same features of the same anatomy in its own contrast, so they agree on two images in the
+        order that they know, also where these are not aligned yet. Always False of one encoder.
+        """
+        if self.config.encoders == 1:
+            return torch.zeros(len(moving), dtype=torch.bool, device=moving.device)
+
+        def apart(first: Tensor, second: Tensor) -> Tensor:
+            drawn, known = self.encoders[1](second), self.encoders[0](first)
+            return torch.stack([_relative(a, b) for a, b in zip(drawn, known, strict=True)]).mean(0)
+
+        return apart(fixed, moving) < apart(moving, fixed)
 
     @exactly
     def _decode(self, moving: list[Tensor], fixed: list[Tensor], grid: Grid, finest: int) -> tuple[Step, ...]:
@@ -362,6 +384,12 @@ class Deformation(nn.Module):
 
 
 # ---- steps ----
+
+
+def _relative(a: Tensor, b: Tensor) -> Float[Tensor, "b"]:
+    """Squared difference over the squares of b, of each item."""
+    a, b = a.float().flatten(1), b.float().flatten(1)  # half precision can not add up
+    return (a - b).square().sum(1) / b.square().sum(1).clamp_min(torch.finfo(b.dtype).tiny)
 
 
 def _step(own: Tensor, grid: Grid) -> Step:

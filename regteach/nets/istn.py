@@ -346,6 +346,12 @@ def count_parameters(module: nn.Module | Sequence[nn.Module]) -> int:
     return sum(p.numel() for m in modules for p in m.parameters())
 
 
+def parameters_by_part(network: nn.Module) -> dict[str, int]:
+    """Number of trained numbers in each part of a network, by its name; parts that have none are left out."""
+    counts = {name: count_parameters(part) for name, part in network.named_children()}
+    return {name: count for name, count in counts.items() if count}
+
+
 __all__ = [
     "ISTN",
     "RIGID",
@@ -354,6 +360,7 @@ __all__ = [
     "SplineStage",
     "Stage",
     "count_parameters",
+    "parameters_by_part",
     "public",
     "without_itn",
 ]

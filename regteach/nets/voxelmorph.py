@@ -45,9 +45,7 @@ class VoxelMorphConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.finest < len(self.widths):
             raise ValueError(f"A U-Net of {len(self.widths)} levels can not predict at level {self.finest}.")
-        factor = 2**self.finest
-        if any(n % factor for n in self.grid.shape):
-            raise ValueError(f"A field on every {factor} voxels needs a grid that {factor} divides: {self.grid.shape}.")
+        check_divides(self.grid, 2**self.finest)
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> "VoxelMorphConfig":
@@ -60,6 +58,12 @@ class VoxelMorphConfig:
             return VoxelMorphConfig(**as_tuples(values) | {"grid": Grid(**as_tuples(values["grid"]))})
         except (KeyError, TypeError) as error:
             raise ValueError(f"This is no configuration of a VoxelMorph network ({error}).") from None
+
+
+def check_divides(grid: Grid, factor: int) -> None:
+    """Raise a ValueError unless a field can be predicted on every ``factor`` voxels of a grid."""
+    if any(n % factor for n in grid.shape):
+        raise ValueError(f"A field on every {factor} voxels needs a grid that {factor} divides: {grid.shape}.")
 
 
 class VoxelMorph(nn.Module):
@@ -82,7 +86,8 @@ class VoxelMorph(nn.Module):
         Args:
             moving: ``b c *grid`` in [0, 1].
             fixed: the same.
-            grid: where both sit, of the configuration's spacing (a convolution counts voxels, not millimetres).
+            grid: where both sit, of the configuration's spacing (a convolution counts voxels, not millimetres), and of
+                a size that 2^finest divides.
 
         Returns:
             The transform; the images as features; one step, whose parameters are displacements (or velocities) in mm.
@@ -90,6 +95,7 @@ class VoxelMorph(nn.Module):
         want = self.config.grid
         if grid.dim != want.dim or any(abs(a - b) > 1e-3 * b for a, b in zip(grid.spacing, want.spacing, strict=True)):
             raise ValueError(f"This network works on voxels of {want.spacing} mm, not {grid.spacing} mm.")
+        check_divides(grid, 2**self.config.finest)
         check_pair(moving, fixed, self.config.channels, grid)
         field = self.out(F.relu(self.unet(torch.cat([moving, fixed], 1)))).float().movedim(1, -1)
         step = Step(field * max(grid.spacing), partial(_built, grid=grid, config=self.config))

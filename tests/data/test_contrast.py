@@ -205,6 +205,16 @@ def test_scale_agrees_with_the_normalisation_of_real_images() -> None:
     assert (contrast._scaled(torch.zeros(4, 4, 4)) == 0).all()
 
 
+def test_a_stripped_image_has_the_scale_of_a_real_one_in_spite_of_noise_and_blur() -> None:
+    """What surrounds the brain is no signal, whatever noise and blur put there before it was taken away."""
+    config = Contrast(stripped=1.0, rim=0.0, leaky=0.0, log_gamma=0.0, cropped=0.0, hindbrain_left_out=0.0)
+    apart = []
+    for seed in range(8):
+        image = synthesise(phantom(), GRID, generator(seed), config)
+        apart.append(float((image - normalised(image))[image > 0].abs().mean()))
+    assert max(apart) < 0.05
+
+
 def test_cropping_empties_one_side() -> None:
     image = torch.ones(GRID.shape)
     assert (contrast._cropped(image, 1, 0.25, True)[:, 27:] == 0).all()

@@ -219,6 +219,8 @@ def damage(folder: Path, kind: str) -> None:
             write(labels, crop(2)[1][:-1])
         case "label 3":
             write(labels, np.where(crop(2)[1] == 2, 3, crop(2)[1]).astype(np.uint8))
+        case "no label 2":
+            write(labels, np.where(crop(2)[1] == 2, 0, crop(2)[1]).astype(np.uint8))
         case "2 mm":
             write(image, crop(2)[0], coarse)
             write(labels, crop(2)[1], coarse)
@@ -246,6 +248,7 @@ def damage(folder: Path, kind: str) -> None:
         ),
         ("labels cropped", ValueError, "labels of hippocampus_002.nii.gz lie on another grid"),
         ("label 3", ValueError, "labels of hippocampus_002.nii.gz hold the value 3, but only 0, 1 and 2"),
+        ("no label 2", ValueError, r"labels of hippocampus_002.nii.gz show no posterior \(value 2\)"),
         ("2 mm", ValueError, r"hippocampus_002.nii.gz has voxels of \(2.0, 2.0, 2.0\) mm"),
         ("slice", ValueError, "hippocampus_002.nii.gz has voxels of .* but these crops are 3D"),
         ("strange", ValueError, "brain.nii.gz is no case"),

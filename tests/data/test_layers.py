@@ -101,6 +101,15 @@ def test_the_jacobian_is_that_of_differences_and_never_negative():
         torch.testing.assert_close(transform.jacobian(p), exact)
 
 
+def test_each_map_of_a_batch_has_its_own_jacobian():
+    maps = [LayerMap.between(visit(), visit(shift=s, thin=t, offset=0.3)) for s, t in ((0.4, 0.5), (-0.3, 0.8))]
+    both = LayerMap(*(torch.cat(parts) for parts in zip(*(vars(m).values() for m in maps), strict=True)))
+    p = points()[:1]
+    alone = torch.cat([m.jacobian(p) for m in maps])
+    torch.testing.assert_close(both.jacobian(p), alone)
+    assert (alone[0] - alone[1]).abs().max() > 0.1
+
+
 def test_a_visit_to_itself_is_the_identity_and_visits_must_fit():
     p = points()
     torch.testing.assert_close(LayerMap.between(visit(), visit())(p), p, rtol=0, atol=1e-12)

@@ -17,7 +17,7 @@ from regteach.checkpoints import Model, load, save_model
 from regteach.grid import Grid
 from regteach.nets.blocks import upsampled
 from regteach.nets.georeg import GeoReg, GeoRegConfig, PyramidEncoder
-from regteach.nets.istn import count_parameters
+from regteach.nets.istn import count_parameters, parameters_by_part
 from regteach.refinement import Refinement, refine
 from regteach.result import after_each
 from regteach.sampling import grid_points
@@ -58,11 +58,16 @@ def blob(grid: Grid, shift_mm: float = 0.0) -> Tensor:
 def test_the_network_of_the_digits_is_as_large_as_the_papers() -> None:
     """16, 32, 64 channels, 3 x 3 neighbourhoods: the paper's experiment has about 0.24 million parameters."""
     net = GeoReg(GeoRegConfig(Grid((28, 28)), (16, 32, 64), (3, 3, 3), (3, 3)))
-    assert [count_parameters(part) for part in (net.encoders, net.deform, net.inherit)] == [171_472, 55_552, 20_016]
+    assert parameters_by_part(net) == {"encoders": 171_472, "deform": 55_552, "inherit": 20_016}
+    assert sum(parameters_by_part(net).values()) == count_parameters(net)
     assert all(p.requires_grad for p in net.parameters())
 
 
-@EACH
+@pytest.mark.parametrize(
+    "config",
+    [FLAT, SOLID, SMOOTH, replace(FLAT, encoders=2), replace(FLAT, carry=True)],
+    ids=["2d", "3d", "smooth", "encoders", "carry"],
+)
 def test_no_parameter_is_allocated_that_is_never_used(config: GeoRegConfig) -> None:
     net = net_of(config, moving=True)
     loss = objectives.total(objectives.multiscale(net(*images(config), config.grid), config.grid)).sum()
@@ -203,12 +208,56 @@ def test_spacing_means_something() -> None:
 @pytest.mark.parametrize(
     "change",
     [{"moves": "features"}, {"interpolation": "linear"}, {"carry": True}, {"encoders": 2}, {"iterations": (0, 2, 3)}],
+    ids=lambda change: next(iter(change)),
 )
-def test_every_ablation_is_another_network_that_runs(change: dict[str, object]) -> None:
-    plain, other = net_of(FLAT, moving=True), net_of(replace(FLAT, **change), moving=True)  # type: ignore[arg-type]
+def test_every_ablation_is_another_network_with_the_same_weights(change: dict[str, object]) -> None:
+    """Whatever both have in common is the same, so what differs is the switch."""
+    plain, other = net_of(FLAT, moving=True), net_of(replace(FLAT, **change), moving=True, seed=1)  # type: ignore[arg-type]
+    shared = {name: value for name, value in plain.state_dict().items() if name in other.state_dict()}
+    other.load_state_dict(shared, strict=False)
     a, b = (displacement(net(*images(FLAT), FLAT.grid).transform, FLAT.grid) for net in (plain, other))
     assert bool(b.isfinite().all())
-    assert (a - b).abs().max() > 1e-4
+    assert (a - b).abs().max() > 1e-3
+
+
+def test_each_of_two_encoders_reads_its_own_image() -> None:
+    plain, two = net_of(FLAT, moving=True), net_of(replace(FLAT, encoders=2), moving=True, seed=1)
+    for own in two.encoders:
+        own.load_state_dict(plain.encoders[0].state_dict())
+    two.deform.load_state_dict(plain.deform.state_dict())
+    two.inherit.load_state_dict(plain.inherit.state_dict())
+    moving, fixed = images(FLAT)
+    a, b = (displacement(net(moving, fixed, FLAT.grid).transform, FLAT.grid) for net in (plain, two))
+    torch.testing.assert_close(a, b)  # two equal encoders are one
+
+    with torch.no_grad():  # the second one reads its image upside down: the fixed image may be handed over so
+        first = two.encoders[1].levels[0][0]
+        for convolution in (first.first, first.skip):
+            convolution.weight.neg_()
+    c = displacement(two(moving, -fixed, FLAT.grid).transform, FLAT.grid)
+    torch.testing.assert_close(c, a)
+    assert not torch.allclose(displacement(two(-moving, fixed, FLAT.grid).transform, FLAT.grid), a, atol=1e-3)
+
+
+def test_exchanged_contrasts_are_seen() -> None:
+    """One encoder reads an image, the other its negative; exchanged, they disagree."""
+    net = net_of(replace(FLAT, encoders=2))
+    net.encoders[1].load_state_dict(net.encoders[0].state_dict())
+    with torch.no_grad():
+        first = net.encoders[1].levels[0][0]
+        for convolution in (first.first, first.skip):
+            convolution.weight.neg_()
+    image = images(FLAT, batch=3)[0]
+    elsewhere = image.roll(1, -1)  # not aligned yet
+    assert net.look_exchanged(image, -elsewhere).tolist() == [False] * 3
+    assert net.look_exchanged(-elsewhere, image).tolist() == [True] * 3
+    assert net_of(FLAT).look_exchanged(-elsewhere, image).tolist() == [False] * 3
+
+
+def test_one_level_is_a_network_too() -> None:
+    config = GeoRegConfig(Grid((8, 8)), (4,), (3,), ())
+    found = displacement(net_of(config, moving=True)(*images(config), config.grid).transform, config.grid)
+    assert found.abs().max() > 1e-3
 
 
 def test_linear_interpolation_has_nothing_to_learn() -> None:
@@ -334,6 +383,9 @@ def test_the_configuration_survives_json(config: GeoRegConfig) -> None:
         ({"windows": (-1, 3, 3)}, "not negative"),
         ({"moves": "voxels"}, "moves is one of points, features"),
         ({"encoders": 3}, "1 encoder or 2"),
+        ({"contrasts": ("T1", "T2")}, "Two contrasts are those of two encoders"),
+        ({"encoders": 2, "contrasts": ("T1",)}, "Two contrasts are those of two encoders"),
+        ({"similarity": "nonsense"}, "no dissimilarity 'nonsense'"),
         ({"smoothing_vox": -1.0}, "finite number of voxels of 0 or more, not -1.0"),
         ({"smoothing_vox": math.nan}, "finite number of voxels of 0 or more, not nan"),
         ({"grid": Grid((18, 24))}, r"\(20, 24\) would"),

@@ -103,5 +103,8 @@ def test_bad_images_are_refused() -> None:
         net(blob(grid), blob(grid), grid.with_spacing((2.0, 2.0)))
     with pytest.raises(ValueError, match="2 moving and 1 fixed images are not pairs"):
         net(blob(grid).expand(2, -1, -1, -1), blob(grid), grid)
+    odd = Grid((7, 8))
+    with pytest.raises(ValueError, match=r"needs a grid that 2 divides: \(7, 8\)"):
+        net(blob(odd), blob(odd), odd)
     with pytest.raises(ValueError, match="The fixed image has the shape"):
         net(blob(grid), blob(Grid((8, 10))), grid)
