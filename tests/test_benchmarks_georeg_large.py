@@ -135,10 +135,15 @@ def test_verdicts_follow_the_numbers() -> None:
         return {"method": method, "seed": seed, "error": error, "hd95": 2 * error, "range": level, "family": "all"}
 
     rows = [row("GeoReg", s, 1.0 + s) for s in (0, 1)] + [row("U-Net", s, 2.0) for s in (0, 1)]
-    said = "Range large, end-point error: GeoReg 1.50 ± 0.71 mm leads U-Net 2.00 ± 0.00 mm, ahead with 1 of 2 seeds."
-    assert bench.verdicts(rows)[0] == said
-    rows += [row("feature warping", 0, 1.2), row("feature warping", 0, 9.0, "small")]
-    assert "does not lead feature warping 1.20 mm" in bench.verdicts(rows)[0]
+    said = "Range large, end-point error: GeoReg 1.50 ± 0.71 mm, U-Net 2.00 ± 0.00 mm, lead 0.50 ± 0.71: "
+    assert bench.verdicts(rows)[0] == said + "no difference beyond that between seeds; ahead with 1 of 2 seeds."
+    # With each seed by half a millimetre: what both vary by does not matter.
+    rows = rows[:2] + [row("U-Net", s, 1.5 + s) for s in (0, 1)] + [row("feature warping", s, 0.5 + s) for s in (0, 1)]
+    warped, *_, told = (line for line in bench.verdicts(rows) if "end-point" in line)
+    assert "feature warping 1.00 ± 0.71 mm, lead -0.50 ± 0.00: GeoReg does not lead; ahead with 0 of 2" in warped
+    assert "lead 0.50 ± 0.00: GeoReg leads; ahead with 2 of 2 seeds." in told
+    alone = [row("GeoReg", 0, 1.0), row("feature warping", 0, 1.2), row("feature warping", 0, 9.0, "small")]
+    assert "feature warping 1.20 mm, lead 0.20: one seed, which ranks nothing" in bench.verdicts(alone)[0]
 
 
 def run(folder: Path, *more: str) -> tuple[dict[str, Any], str]:

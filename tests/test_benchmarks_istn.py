@@ -380,6 +380,19 @@ def test_slices_are_compared_with_tools_and_ceiling() -> None:
     assert note.endswith("0.200 below the ceiling.")
 
 
+def test_folds_with_people_on_whom_the_recipe_was_chosen_are_told_apart() -> None:
+    people = (["a", "b"], ["c", "d"], ["e", "f"])
+    records = [
+        {"way": way, "fold": fold, "people": who, "dice": dice + fold / 10}
+        for fold, who in enumerate(people)
+        for way, dice in (("nothing", 0.4), ("refined", 0.6))
+    ]
+    records += [{"way": "refined", "fold": "all", "dice": 0.0}]
+    said = istn_slices.unseen(records, ("c", "x"))
+    assert "chosen on c and x. Dice over the 2 fold(s)" in said
+    assert said.endswith("nothing 0.500, refined 0.700.")
+
+
 def test_tables_are_whole_or_refused(tmp_path: Path) -> None:
     table = tables.Table("T", ("a", "b"))
     with pytest.raises(ValueError, match="1 cells does not fit the 2 columns"):
