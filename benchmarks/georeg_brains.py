@@ -52,7 +52,7 @@ from regteach.grid import Grid
 from regteach.nets.georeg import GeoRegConfig
 from regteach.nets.istn import count_parameters, parameters_by_part
 from regteach.recipes import Recipe
-from regteach.refinement import refine, search
+from regteach.refinement import Refinement, refine, search
 from regteach.sampling import warp
 from regteach.transforms import Identity, Transform, displacement, jacobian_determinant
 
@@ -73,7 +73,8 @@ BENDING = {"retina": 1e-4}
 OTHER_BENDING = 3.0
 # The search beside a model that refines in another way, or near its own answer: that of the hippocampus, with the
 # coarse steps that it needs from nothing.
-SEARCH = replace(networks.find_recipe("georeg-hippocampus").refinement, coarser=(50, 50), restart=False)
+NEAR = "georeg-hippocampus"
+SEARCH = replace(networks.find_recipe(NEAR).refinement, coarser=(50, 50))
 
 # What other tools reach, measured elsewhere, on pairs of other people: Dice, and SDlogJ where it is known.
 ELSEWHERE: dict[str, dict[str, tuple[float, float | None]]] = {
@@ -217,12 +218,16 @@ def methods(trial: Trial, recipe: Recipe, model: Model | None, how: Optimisation
     return found | {ONE: one_pass, REFINED: refined}
 
 
+def without_network(recipe: Recipe) -> Refinement:
+    """How a model's refinement searches without the model; as :data:`SEARCH` where its own mode needs one."""
+    own = recipe.refinement.mode == "greedy" and recipe.name != NEAR
+    given = recipe.refinement if own else replace(SEARCH, steps=min(SEARCH.steps, recipe.refinement.steps))
+    return replace(given, restart=False)
+
+
 def _searched(moving: Tensor, fixed: Tensor, grid: Grid, recipe: Recipe) -> Transform:
-    """What the refinement of a model finds without the model; by :data:`SEARCH` where its own mode needs one."""
     config: Any = recipe.config
-    own = recipe.refinement.mode == "greedy" and not recipe.refinement.restart
-    settings = recipe.refinement if own else replace(SEARCH, steps=min(SEARCH.steps, recipe.refinement.steps))
-    return search(moving, fixed, grid, settings, config.similarity).result.transform
+    return search(moving, fixed, grid, without_network(recipe), config.similarity).result.transform
 
 
 def training_step(network: Any, recipe: Recipe, moving: Tensor, fixed: Tensor, grid: Grid) -> None:

@@ -20,6 +20,7 @@ from regteach.data.cohort import Cohort
 from regteach.data.large import deformed
 from regteach.grid import Grid
 from regteach.nets.istn import count_parameters
+from regteach.recipes import find_recipe
 from regteach.sampling import grid_points, warp
 from regteach.similarity import ncc
 from regteach.transforms import Identity, Transform, displacement, jacobian_determinant
@@ -113,6 +114,14 @@ def test_optimisation_finds_a_known_motion() -> None:
     ]
     assert alike[0] < 0.95 < 0.99 < alike[1]
     assert jacobian_determinant(optimised(image, fixed, FLAT, how, splines=True), FLAT).min() > 0
+
+
+def test_the_search_beside_a_model_is_its_own_unless_that_starts_near_the_answer() -> None:
+    given = {name: find_recipe(f"georeg-{name}") for name in ("retina", "hippocampus", "digits")}
+    found = {name: bench.without_network(recipe) for name, recipe in given.items()}
+    assert found["retina"] == replace(given["retina"].refinement, restart=False)
+    assert found["hippocampus"] == replace(given["hippocampus"].refinement, restart=False, coarser=(50, 50))
+    assert found["digits"].mode == "greedy" != given["digits"].refinement.mode
 
 
 # ---- what is said ----
