@@ -38,7 +38,7 @@ from benchmarks import networks, tables
 from benchmarks.harness import timed
 from benchmarks.networks import Figures, Recipe
 from benchmarks.pairwise import affine_step, descended
-from benchmarks.tables import Table, mean, number
+from benchmarks.tables import Table, mean, number, over_seeds
 from regteach import bspline, metrics, objectives
 from regteach.affine import AffineBounds
 from regteach.checkpoints import Config
@@ -367,7 +367,7 @@ def by_range(name: str, rows: Sequence[Mapping[str, Any]], cohort: Cohort, setup
             chosen = [row for row in rows if (row["range"], row["method"]) == (level, method)]
             count = f"{chosen[0]['parameters']:,}" if method in LEARNED else "-"
             cells = [
-                _cell(_by_seed(chosen, key), digits) for key, digits in (("hd95", 2), ("error", 2), ("folding", 2))
+                over_seeds(_by_seed(chosen, key), digits) for key, digits in (("hd95", 2), ("error", 2), ("folding", 2))
             ]
             seconds = "-" if method == NOTHING else number(mean([row["seconds"] for row in chosen]), 4)
             table.add(level, method, count, *cells, seconds)
@@ -391,7 +391,7 @@ def by_family(name: str, rows: Sequence[Mapping[str, Any]], key: str, title: str
     table = Table(f"{name}: {title}", ("range", "family", *methods))
     for family, level in CASES:
         here = [row for row in rows if (row["family"], row["range"]) == (family, level)]
-        cells = [_cell(_by_seed([row for row in here if row["method"] == method], key), 2) for method in methods]
+        cells = [over_seeds(_by_seed([row for row in here if row["method"] == method], key), 2) for method in methods]
         table.add(level, family, *cells)
     return table
 
@@ -413,7 +413,7 @@ def verdicts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
                 for method in (GEOREG, other)
             )
             leads = [b - a for a, b in zip(ours, theirs, strict=False)]
-            apart = tables.spread(leads)
+            apart, ahead = tables.spread(leads), sum(lead > 0 for lead in leads)
             if len(leads) < 2:
                 verdict = "one seed, which ranks nothing"
             elif abs(mean(leads)) <= apart:
@@ -421,8 +421,8 @@ def verdicts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             else:
                 verdict = "GeoReg leads" if mean(leads) > 0 else "GeoReg does not lead"
             said.append(
-                f"Range {largest}, {what}: GeoReg {_cell(ours, 2)} mm, {other} {_cell(theirs, 2)} mm, lead "
-                f"{_cell(leads, 2)}: {verdict}; ahead with {sum(lead > 0 for lead in leads)} of {len(leads)} seeds."
+                f"Range {largest}, {what}: GeoReg {over_seeds(ours, 2)} mm, {other} {over_seeds(theirs, 2)} mm, lead "
+                f"{over_seeds(leads, 2)}: {verdict}; ahead with {ahead} of {len(leads)} seeds."
             )
     return said
 
@@ -431,10 +431,6 @@ def _by_seed(rows: Sequence[Mapping[str, Any]], key: str) -> list[float]:
     """The mean over families, for each seed."""
     seeds = dict.fromkeys(row.get("seed") for row in rows)
     return [mean([row[key] for row in rows if row.get("seed") == seed]) for seed in seeds]
-
-
-def _cell(values: Sequence[float], digits: int) -> str:
-    return number(mean(values), digits) + (f" ± {number(tables.spread(values), digits)}" if len(values) > 1 else "")
 
 
 def _seeds_said(rows: Sequence[Mapping[str, Any]]) -> str:

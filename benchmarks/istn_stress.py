@@ -19,7 +19,6 @@ from the true SoI maps relative to what is in both, mean of both images: 0 is pe
 draws elsewhere.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -428,9 +427,7 @@ def _label_map_error(result: Result, cohort: Cohort, moving: int, fixed: int) ->
 
 def over_seeds(rows: Sequence[Record], key: str, digits: int) -> str:
     """Mean and standard deviation over the seeds."""
-    values = [r[key] for r in rows if r.get(key) is not None]
-    sd = tables.spread(values)
-    return tables.number(tables.mean(values), digits) + ("" if math.isnan(sd) else f" ± {sd:.{digits}f}")
+    return tables.over_seeds([r[key] for r in rows if r.get(key) is not None], digits)
 
 
 def of(records: Sequence[Record], **wanted: Any) -> list[Record]:

@@ -83,17 +83,17 @@ class CohortTask:
                 )
         if self.recipe.bending and isinstance(config, GeoRegConfig):
             coarsest = config.grid.coarsened(2 ** (len(config.widths) - 1))
-            if min(coarsest.shape) < regularity.LEAST:
+            if min(coarsest.shape) < regularity.LEAST_TO_BEND:
                 raise ValueError(
-                    f"The coarsest of {self.recipe.name}'s {len(config.widths)} levels has {coarsest.shape} voxels: "
-                    f"its bending needs {regularity.LEAST} along each axis, so take fewer levels, or no bending."
+                    f"The coarsest of {self.recipe.name}'s {len(config.widths)} levels has {coarsest.shape} voxels: its"
+                    f" bending needs {regularity.LEAST_TO_BEND} along each axis, so take fewer levels, or no bending."
                 )
+        if not cohort.pairs("train"):
+            raise ValueError(f"{cohort.name} has no pair of two people to train on.")
         shown = cohort.soi[list(cohort.splits["train"])].flatten(2).amax((0, 2)) > 0
         missing = [name for name, there in zip(cohort.structures.values(), shown.tolist(), strict=True) if not there]
         if missing:
             raise ValueError(f"No training image of {cohort.name} shows {' or '.join(missing)}.")
-        if not cohort.pairs("train"):
-            raise ValueError(f"{cohort.name} has no pair of two people to train on.")
 
     def build(self) -> nn.Module:
         """The network as training begins, laid out for fast convolutions: untrained, or with a shipped model's weights.

@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
-from torch import Tensor
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
 
 from regteach import regularity
 from regteach.affine import Affine
@@ -227,6 +227,25 @@ def alike(
     pairs = [(a.float(), b.detach().float()) for a, b in zip(seen, shown, strict=True)]  # half precision can not add up
     errors = [relative_mse(a, b, scale_of(b, b)) for a, b in pairs]
     return {"features": torch.stack(errors).mean(0)}
+
+
+@torch.no_grad()
+def look_exchanged(
+    encoders: Sequence[nn.Module], moving: Float[Tensor, "b c *grid"], fixed: Float[Tensor, "b c *grid"]
+) -> Bool[Tensor, "b"]:
+    """Whether two contrasts came in the wrong order: the encoders agree better on the images exchanged.
+
+    Each encoder draws the same features of the same anatomy in its own contrast, so they agree on two images in the
+    order that they know, also where these are not aligned yet.
+
+    Args:
+        encoders: of the moving and of the fixed contrast; each gives a pyramid of features.
+        moving: the moving image.
+        fixed: the fixed image.
+    """
+    of_moving, of_fixed = encoders
+    apart, exchanged = (alike(of_fixed(b), of_moving(a))["features"] for a, b in ((moving, fixed), (fixed, moving)))
+    return exchanged < apart
 
 
 def _each_by_itself(steps: Sequence[Step]) -> tuple[Transform, ...]:

@@ -284,7 +284,7 @@ def _georeg() -> list[Recipe]:
                 RETINA, (8, 16, 32, 32, 64), (0, 3, 3, 3, 3), (2, 3, 3, 3), (0, 4, 4, 2, 1), smoothing_vox=1.0
             ),
             # The second of two runs. A first one of 700 steps, from nothing, with half the bending, saw the visits as
-            # they are: 0.826, and no step sideways, where a visit differs little. Shifted further, with these: 0.858.
+            # they are: 0.826, and hardly a step sideways. Shifted further, with these: 0.858.
             Settings(steps=600, batch=4, rate=1e-3, warmup=30, decay=True, precision="bf16", validate_every=100),
             Augmentation(shift_mm=0.25),
             bending=2e-4,

@@ -373,7 +373,7 @@ def _order(model: Model, images: dict[str, Tensor]) -> list[str]:
         return []
     moving, fixed = model.network.config.contrasts or ("the first contrast", "the second contrast")
     told = [f"{model.name} takes {moving} as the moving image and {fixed} as the fixed image."]
-    if bool(model.network.look_exchanged(images["moving"], images["fixed"])):
+    if bool(objectives.look_exchanged(list(model.network.encoders), images["moving"], images["fixed"])):
         told.append("These two look exchanged: register them the other way round.")
     return told
 

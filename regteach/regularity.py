@@ -25,7 +25,7 @@ from regteach.precision import exactly
 from regteach.sampling import gradient
 from regteach.transforms import determinant
 
-LEAST = 3  # voxels along each axis that bending, of second derivatives, needs
+LEAST_TO_BEND = 3  # voxels along each axis: second derivatives
 
 
 def diffusion(displacement: Float[Tensor, "b *grid d"], grid: Grid) -> Float[Tensor, "b"]:
@@ -51,7 +51,7 @@ def bending_energy(displacement: Float[Tensor, "b *grid d"], grid: Grid) -> Floa
     Raises:
         ValueError: if the field is not on the grid, or an axis has fewer than three voxels.
     """
-    _check(displacement, grid, least=LEAST)
+    _check(displacement, grid, least=LEAST_TO_BEND)
     total = displacement.new_zeros(())
     for k, m in itertools.combinations_with_replacement(range(grid.dim), 2):
         second = _difference(_difference(displacement, grid, k), grid, m)

@@ -217,6 +217,14 @@ def test_a_structure_that_nobody_shows_is_said_before_training() -> None:
         assert str(error.value) == says
 
 
+def test_nobody_to_train_on_is_said_as_that() -> None:
+    cohort, recipe = noise(), Recipe("alone", "noise", "explicit", MAPS, Settings(steps=2, batch=2))
+    for train in ((), (0,)):
+        splits = {**cohort.splits, "train": train}
+        with pytest.raises(ValueError, match="noise has no pair of two people to train on"):
+            CohortTask(recipe, replace(cohort, splits=splits))
+
+
 def test_levels_too_small_to_bend_are_said_before_training() -> None:
     config = replace(SMALL, widths=(4, 8, 8, 8), windows=(0, 3, 3, 3), parents=(3, 3, 3))  # 16, 8, 4, 2 voxels
     recipe = Recipe("bent", "noise", "unsupervised", config, Settings(steps=2, batch=2), bending=1.0)

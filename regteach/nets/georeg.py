@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -115,7 +115,7 @@ class GeoRegConfig:
                 raise ValueError(f"{name} is one of {', '.join(options)}, not {getattr(self, name)!r}.")
         if self.encoders not in (1, 2):
             raise ValueError(f"Two images have 1 encoder or 2, not {self.encoders}.")
-        if self.contrasts and len(self.contrasts) != 2 * (self.encoders - 1):
+        if self.contrasts and (self.encoders, len(self.contrasts)) != (2, 2):
             raise ValueError(f"Two contrasts are those of two encoders, not {self.contrasts} of {self.encoders}.")
         dissimilarity(self.similarity)  # an unknown name is refused here, not in the first step of a training
         check_size(self.grid, levels)
@@ -223,22 +223,6 @@ class GeoReg(nn.Module):
         """The same as a call: what refinement compares are the images themselves."""
         result: Result = self(moving, fixed, grid)
         return result
-
-    @torch.no_grad()
-    def look_exchanged(self, moving: Tensor, fixed: Tensor) -> Bool[Tensor, "b"]:
-        """Whether two contrasts came in the wrong order: the encoders agree better on the images exchanged.
-
-        Each encoder draws the same features of the same anatomy in its own contrast, so they agree on two images in the
-        order that they know, also where these are not aligned yet. Always False of one encoder.
-        """
-        if self.config.encoders == 1:
-            return torch.zeros(len(moving), dtype=torch.bool, device=moving.device)
-
-        def apart(first: Tensor, second: Tensor) -> Tensor:
-            drawn, known = self.encoders[1](second), self.encoders[0](first)
-            return torch.stack([_relative(a, b) for a, b in zip(drawn, known, strict=True)]).mean(0)
-
-        return apart(fixed, moving) < apart(moving, fixed)
 
     @exactly
     def _decode(self, moving: list[Tensor], fixed: list[Tensor], grid: Grid, finest: int) -> tuple[Step, ...]:
@@ -384,12 +368,6 @@ class Deformation(nn.Module):
 
 
 # ---- steps ----
-
-
-def _relative(a: Tensor, b: Tensor) -> Float[Tensor, "b"]:
-    """Squared difference over the squares of b, of each item."""
-    a, b = a.float().flatten(1), b.float().flatten(1)  # half precision can not add up
-    return (a - b).square().sum(1) / b.square().sum(1).clamp_min(torch.finfo(b.dtype).tiny)
 
 
 def _step(own: Tensor, grid: Grid) -> Step:

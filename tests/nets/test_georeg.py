@@ -249,9 +249,8 @@ def test_exchanged_contrasts_are_seen() -> None:
             convolution.weight.neg_()
     image = images(FLAT, batch=3)[0]
     elsewhere = image.roll(1, -1)  # not aligned yet
-    assert net.look_exchanged(image, -elsewhere).tolist() == [False] * 3
-    assert net.look_exchanged(-elsewhere, image).tolist() == [True] * 3
-    assert net_of(FLAT).look_exchanged(-elsewhere, image).tolist() == [False] * 3
+    assert objectives.look_exchanged(net.encoders, image, -elsewhere).tolist() == [False] * 3
+    assert objectives.look_exchanged(net.encoders, -elsewhere, image).tolist() == [True] * 3
 
 
 def test_one_level_is_a_network_too() -> None:
