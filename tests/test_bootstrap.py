@@ -106,7 +106,7 @@ def test_a_fresh_checkout_is_set_up_once(project: Path):
     second = regteach(project, "course", "fail")
     assert second.returncode == 7
     assert second.stdout == f"ran course fail with tiny 1.0 in {project / '.venv'}\n"
-    assert time.perf_counter() - begin < 3
+    assert time.perf_counter() - begin < 30  # no installing again
     with_tools = regteach(project, "test")
     assert "Installing requirements-test.lock" in with_tools.stdout
     assert "Installing" not in regteach(project, "course").stdout

@@ -297,7 +297,7 @@ def test_a_kill_while_bytes_arrive_is_resumed(root: Path, server: Server, tmp_pa
     command = [sys.executable, "-m", "data_download", "toy", "--root", str(root), "--manifest", str(manifest)]
     part = work_folder(find("toy", manifest), root) / "toy.bin.part"
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while not (part.exists() and part.stat().st_size >= sent) or not server.requests:
             assert time.monotonic() < deadline, "the bytes did not arrive"
             time.sleep(0.02)
@@ -316,7 +316,7 @@ def test_two_downloads_at_once_do_no_harm(root: Path, server: Server, manifest: 
     server.files["one/toy.zip"] = Served(ARCHIVE, stalls=[2000])  # until the second process waits
     command = [sys.executable, "-m", "data_download", "toy", "--root", str(root), "--manifest", str(manifest)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as first:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while not server.requests:
             assert time.monotonic() < deadline, "the first process asked for nothing"
             time.sleep(0.02)
