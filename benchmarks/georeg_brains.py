@@ -122,14 +122,14 @@ class Trial:
     """Pairs to register, and what is known about them.
 
     Args:
-        part: of the benchmark.
+        part: of a benchmark.
         what: is registered, for the title.
         cohort: of the images and labels; the labels are for measuring alone.
         pairs: (moving, fixed).
         truth: the exact transform of a pair, where there is one.
     """
 
-    part: Part
+    part: str
     what: str
     cohort: Cohort
     pairs: networks.Pairs

@@ -16,6 +16,7 @@ from regteach.bootstrap import ROOT
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 DIRECT = [Requirement(line) for line in PROJECT["dependencies"]]
 TOOLS = [Requirement(line) for line in PROJECT["optional-dependencies"]["test"]]
+CLASSICAL = [Requirement(line) for line in PROJECT["optional-dependencies"]["classical"]]
 
 
 def lines(name: str) -> list[Requirement]:
@@ -48,6 +49,13 @@ def test_what_pyproject_names_is_locked_within_its_range(requirement):
 def test_the_locks_do_not_overlap():
     assert not set(COURSE) & set(TEST)
     assert "-r requirements.lock" in (ROOT / "requirements-test.lock").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("requirement", CLASSICAL, ids=str)
+def test_the_tools_of_others_are_locked_within_their_range(requirement):
+    lock = versions(lines("requirements-classical.lock"))
+    assert requirement.specifier.contains(lock[canonicalize_name(requirement.name)])
+    assert "torch" not in lock  # comes with requirements.lock, which is installed first
 
 
 def test_conda_gets_the_same_packages_at_the_same_versions():

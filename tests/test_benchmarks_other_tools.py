@@ -1,0 +1,80 @@
+"""Other people's tools behind our interface: a known motion comes back with its sign, axes and millimetres."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from truths.fields import one_sentence
+
+from benchmarks import other_tools as bench
+from benchmarks.classical import TOOLS, Tool
+from regteach.affine import Affine
+from regteach.grid import Grid
+from regteach.sampling import grid_points, warp
+from regteach.transforms import displacement
+
+GRIDS = {2: Grid((44, 60), (1.5, 1.0)), 3: Grid((28, 36, 44), (1.5, 1.2, 1.0))}
+SHIFT_MM = (3.0, -4.0, 2.0)
+
+
+def blobs(grid: Grid) -> torch.Tensor:
+    """A few smooth bumps of different widths and heights, so that no axis looks like another."""
+    points = grid_points(grid)
+    image = torch.zeros(grid.shape)
+    for k, (at, height) in enumerate([((0.4, 0.45, 0.5), 1.0), ((0.6, 0.4, 0.55), 0.7), ((0.5, 0.65, 0.4), 0.5)]):
+        middle = torch.tensor([a * side for a, side in zip(at, grid.extent, strict=False)])
+        widths = torch.tensor([3.0 + k, 5.0 - k, 4.0])[: grid.dim]
+        image = image + height * torch.exp(-(((points - middle) / widths) ** 2).sum(-1) / 2)
+    return image[None, None]
+
+
+@pytest.mark.parametrize("dim", [2, 3])
+@pytest.mark.parametrize("name", TOOLS)
+def test_a_known_shift_is_found(name: str, dim: int) -> None:
+    tool, grid = TOOLS[name], GRIDS[dim]
+    if not tool.here:
+        pytest.skip(f"{tool.module} is not installed: it has an environment of its own (requirements-classical.lock)")
+    if dim not in tool.dims:
+        pytest.skip(f"{name} takes images of {tool.dims} axes")
+    moving = blobs(grid)
+    truth = Affine(torch.eye(dim)[None], torch.tensor([SHIFT_MM[:dim]]), torch.zeros(dim))
+    fixed = warp(moving, truth, grid)
+    found = tool(moving, fixed, grid)
+    inside = fixed[0, 0] > 0.2
+    shift = displacement(found, grid)[0][inside].mean(0)
+    assert shift.tolist() == pytest.approx(SHIFT_MM[:dim], abs=0.5)  # mm: sign, axes and spacing are right
+    before, after = ((image - fixed)[0, 0].norm() for image in (moving, warp(moving, found, grid)))
+    assert after < 0.5 * before  # bumps on nothing are no brain: not every tool gets all of it
+
+
+def test_what_a_tool_does_not_take_is_said() -> None:
+    tool = Tool("numpy", lambda moving, fixed, spacing: np.zeros((*moving.shape, 2)), "none", dims=(3,))
+    with pytest.raises(ValueError) as caught:
+        tool(torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 8, 8), Grid((8, 8)))
+    assert one_sentence(caught.value, "numpy", "one channel")
+
+
+def test_a_tool_that_is_not_here_is_named_and_has_no_row(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    still = Tool("numpy", lambda moving, fixed, spacing: np.zeros((*moving.shape, moving.ndim)), "stays")
+    tools = {
+        "here": still,
+        "gone": Tool("no_such_module", still.field, "none"),
+        "deep": Tool("numpy", still.field, "", (3,)),
+    }
+    monkeypatch.setattr(bench, "TOOLS", tools)
+    out = bench.main(["--quick", "--parts", "slices", "--json", str(tmp_path / "o.json")])
+    rows = {row["method"]: row for row in out["records"]}
+    assert set(rows) == {"nothing", "here"}
+    assert rows["here"]["dice"] == rows["nothing"]["dice"]
+    text = (tmp_path / "o.md").read_text(encoding="utf-8")
+    assert "here: stays." in text
+    assert "gone is not installed here, and not measured." in text
+    assert "deep" not in text
+    assert json.loads((tmp_path / "o.json").read_text(encoding="utf-8"))["quick"] is True
+
+
+def test_every_part_names_models_that_ship() -> None:
+    for names in bench.MODELS.values():
+        assert all((bench.WEIGHTS / f"{name}.safetensors").exists() for name in names)
