@@ -72,7 +72,7 @@ class Page:
             self.add_markdown(cell["source"], cell.get("attachments"))
         else:
             self.add(Highlight2HTML(pygments_lexer="ipython3")(cell["source"]))
-            for output in cell.get("outputs", ()):
+            for output in _joined(cell.get("outputs", ())):
                 self.add_output(output)
         self.parts.append("</div>\n")
 
@@ -102,6 +102,18 @@ class Page:
             return
         if "text/plain" in data and not any("widget" in mime for mime in data):
             self.parts.append(f'<pre tabindex="0">{html.escape(data["text/plain"])}</pre>')
+
+
+def _joined(outputs: Iterable[Any]) -> list[Any]:
+    """Outputs in their order; what was printed in several pieces, without anything in between, in one."""
+    found: list[Any] = []
+    for output in outputs:
+        last = found[-1] if found else {}
+        if output["output_type"] == last.get("output_type") == "stream" and output["name"] == last["name"]:
+            found[-1] = {**last, "text": last["text"] + output["text"]}
+        else:
+            found.append(output)
+    return found
 
 
 def ready(piece: str) -> str:

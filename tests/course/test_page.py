@@ -32,6 +32,15 @@ def test_the_richest_form_without_a_kernel_is_shown():
     assert "<math" in shown(data({"text/latex": "$$x$$", "text/plain": "x"}))
 
 
+def test_what_was_printed_in_pieces_is_one_block():
+    def said(text, name="stdout"):
+        return nbformat.v4.new_output("stream", text=text, name=name)
+
+    page = shown(said("one, "), said("two"), said("oh", "stderr"), said("three"))
+    assert page.count('<pre class="output"') == 3
+    assert "one, two</pre>" in page
+
+
 def test_streams_and_errors_lose_their_terminal_colours():
     stream = nbformat.v4.new_output("stream", text="\x1b[31mred\x1b[0m & <b>")
     error = nbformat.v4.new_output("error", ename="E", evalue="x", traceback=["\x1b[1mE\x1b[0m: <x>"])
