@@ -65,7 +65,7 @@ COPIES = 5  # deformed copies of the template
 Part = Literal["hippocampus", "brains", "brains-t1t2", "mni-t1t2", "oasis", "retina"]
 PARTS: tuple[Part, ...] = ("hippocampus", "brains", "brains-t1t2", "mni-t1t2", "oasis", "retina")
 MODELS = {part: f"georeg-{part}" for part in PARTS} | {"mni-t1t2": "georeg-brains-t1t2", "oasis": "georeg-brains"}
-# Control points of the B-splines, mm; about an eighth of the shortest side.
+# Control points of the B-splines, mm; an eighth of the shortest side, for brains about a tenth.
 CONTROL_MM = {"hippocampus": 6.0, "retina": 0.15}
 BRAIN_CONTROL_MM = 12.0
 # Weight of the bending energy of those, mm^2.

@@ -278,9 +278,11 @@ def rank_table(scene: Scene, rows: Sequence[Row], k: int, levels: Sequence[str],
         ranks[seed] = {name: mean(values) for name, values in places.items()}
     for name in sorted(names, key=lambda name: sum(ranks[seed][name] for seed in seeds)):
         table.add(name, *(number(ranks[seed][name], 1) for seed in seeds))
-    firsts = {min(names, key=lambda name: ranks[seed][name]) for seed in seeds}
+    firsts = {seed: min(names, key=lambda name: ranks[seed][name]) for seed in seeds}
     table.notes.append(
-        f"First in every seed: {firsts.pop()}." if len(firsts) == 1 else f"First by seed: {', '.join(sorted(firsts))}."
+        f"First in every seed: {firsts[seeds[0]]}."
+        if len(set(firsts.values())) == 1
+        else "First by seed: " + ", ".join(f"{seed} {name}" for seed, name in firsts.items()) + "."
     )
     return table
 

@@ -74,8 +74,8 @@ def lungs(pairs: Sequence[KeypointPair] | None = None) -> Scene:
 
     return Scene(
         "lungs",
-        f"{len(task.pairs)} real pairs, a fifth of the points held out; these were found by machine too, and are not "
-        "without error.",
+        f"{len(task.pairs)} real pairs, {len(task.splits['test'])} of them measured, a fifth of the points held out; "
+        "these were found by machine too, and are not without error.",
         {name: [partial(draw, task.pairs[i]) for i in task.splits[name]] for name in SPLITS[1:]},
         lambda number: Problem(task.item(number)),
     )
@@ -127,7 +127,10 @@ def phantom(patients: Sequence[int] = (4, 2, 3), spacing_mm: float = 6.0, points
         fewer = Drawn(given.keypoints[:count], given.displacements[:count], given.query[:asked], given.truth[:asked])
         return Problem(fewer, whole.features)
 
-    origin = f"{sum(patients)} synthetic patients, {points} keypoints, 30 % of them outside of the lungs; exact truth."
+    origin = (
+        f"{sum(patients)} synthetic patients, {patients[-1]} of them measured, {points} keypoints, 30 % of them "
+        "outside of the lungs; exact truth."
+    )
     return Scene("phantom", origin, {name: list(parts[name]) for name in SPLITS[1:]}, item, FEATURES)
 
 

@@ -84,7 +84,7 @@ class AffineParts:
         rotation_rad: ``b 1`` in 2D, ``b 3`` in 3D, about axes 0, 1, 2 (see :func:`rotation_matrix`).
         scale: ``b d``, ratios, 1 = none.
         stretch_axes_rad: as ``rotation_rad``.
-        shear: ``b 1`` in 2D, ``b 3`` in 3D: M's entries (0,1), (0,2), (1,2) before scaling; ratios (mm per mm).
+        shear: ``b 1`` in 2D, ``b 3`` in 3D: K's entries (0,1), (0,2), (1,2); ratios (mm per mm).
     """
 
     translation: Tensor

@@ -1,7 +1,7 @@
 """How good a registration is: overlap, surfaces, points, and whether the deformation is plausible.
 
-Convention: label maps ``b 1 *grid`` of whole numbers (0 is background), points and displacements in mm, determinants
-``b *grid``, masks ``b 1 *grid``; one number per batch item, as a tensor ``b``.
+Convention: label maps ``b 1 *grid`` of whole numbers (0 is background), points (landmarks ``b n d``) and
+displacements in mm, determinants ``b *grid``, masks ``b 1 *grid``; one number per batch item, as a tensor ``b``.
 
 What is missing is never made up:
 

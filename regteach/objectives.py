@@ -91,12 +91,12 @@ def _pyramid(maps: Tensor, levels: int) -> list[Tensor]:
 
 
 def unsupervised(result: Result, moving: Tensor, fixed: Tensor, grid: Grid) -> Terms:
-    """STN-u: L_u = d(M o T, F). The structures play no part."""
+    """STN-u: L_u = d(M o T, F), mean over the T after each step of the network. The structures play no part."""
     return {"image": _stages(result, lambda t: pyramid_mse(warp(moving, t, grid), fixed))}
 
 
 def supervised(result: Result, soi_moving: Tensor, soi_fixed: Tensor, grid: Grid) -> Terms:
-    """STN-s: L_s = d(S_M o T, S_F). The network sees the images and is told about the structures."""
+    """STN-s: L_s = d(S_M o T, S_F), mean over the T after each step. The network sees images, and is told the SoI."""
     return {"structure": _stages(result, lambda t: pyramid_mse(warp(soi_moving, t, grid), soi_fixed))}
 
 
@@ -111,7 +111,10 @@ def drawn(result: Result, soi_moving: Tensor, soi_fixed: Tensor) -> Float[Tensor
 
 
 def implicit(result: Result, soi_moving: Tensor, soi_fixed: Tensor, grid: Grid) -> Terms:
-    """ISTN-i: L_s + d(M' o T, S_F) + d(S_M o T, F'). Each image's map must match the *other's* structures, aligned."""
+    """ISTN-i: L_s + d(M' o T, S_F) + d(S_M o T, F'). Each image's map must match the *other's* structures, aligned.
+
+    All three are means over the T after each step of the network.
+    """
     mapped_moving, mapped_fixed = result.features
     channels = soi_moving.shape[1]
 
@@ -152,7 +155,7 @@ def istn(
         grid: where all sit.
         bending: weight of the bending energy, mm^2.
         coarsen: compare what was aligned on maps averaged over cubes of this many voxels: cheaper, and blind to what
-            is finer. The maps of the ITN itself are always compared at full resolution.
+            is finer. What the explicit variant compares without moving it is always at full resolution.
 
     Raises:
         ValueError: for an unknown variant.
@@ -183,8 +186,9 @@ def multiscale(
     of an output before D compares them there. R is the bending energy of the whole displacement so far, in 1/mm^2, on
     the same grid.
 
-    Source: Sideri-Lampretsa et al., arXiv 2412.13294, eqs 8 to 10, which add the levels up; an average keeps the
-    learning rate and lambda what they are when levels or steps are added.
+    Source: Sideri-Lampretsa et al., arXiv 2412.13294, eqs 8 to 10, which add the levels up, and weight an interpolation
+    by the level of its parents; ours has the weight of its own grid. An average keeps the learning rate and lambda what
+    they are when levels or steps are added.
 
     Args:
         result: of a network whose features are the images. A step's output lies on a grid of its own (a Dense on

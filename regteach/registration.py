@@ -206,7 +206,8 @@ def register(
     Raises:
         FileNotFoundError: if a file is not there.
         ValueError: if an image can not be used, the images or the model are of different dimensions, the model is
-            unknown, or the points do not fit the images or the model.
+            unknown, the points do not fit the images, the model or the refinement, there is no such device, or a number
+            of steps is negative.
     """
     begun = time.perf_counter()
     on = _device(device)

@@ -55,7 +55,7 @@ class Result:
         transform: fixed points to moving points, mm.
         features: what the test-time loss compares, moving and fixed, ``b k *grid`` each.
         steps: what the transform is made of, coarse to fine.
-        images: moving and fixed, where the features are something else than the images.
+        images: moving and fixed images; those of an ISTN always, of others where the features are something else.
         pyramids: of the moving and of the fixed image, each level's ``b c *level``, finest first, in the training of a
             network that encodes each image for itself; afterwards they would only take memory.
     """

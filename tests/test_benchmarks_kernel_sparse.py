@@ -84,7 +84,7 @@ def test_ranks_are_places(capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"method": m, "k": 0, "level": "perfect", "seed": s, "error": e} for (m, s), e in values.items()]
     table = bench.rank_table(scene, rows, 30, ["perfect"], (0, 1))
     assert sorted(table.rows) == [("a", "1.0", "2.0"), ("b", "2.0", "1.0")]
-    assert table.notes == ["First by seed: a, b."]
+    assert table.notes == ["First by seed: 0 a, 1 b."]
 
 
 def run(folder: Path) -> tuple[dict[str, Any], str]:

@@ -10,13 +10,15 @@ takes a step; the next finer level inherits the positions of its parents and cor
 
 Positions are continuous, mm; features are never resampled. With the attention of ``ops.neighbourhood``,
 
-    h = LN(f + Wo Wv z),  h <- LN(h + W2 relu(W1 h)),  u = Wb relu(Wa h)
+    h = LN(f + Wo Wv z),  h <- LN(h + W2 relu(W1 h)),  u = s Wb relu(Wa h)
 
-where f is the fixed point's own feature. Wb starts at zero, so the untrained network is the identity.
+where f is the fixed point's own feature and s the largest spacing, mm, of those attended to (on the configuration's
+grid). Wb starts at zero, so the untrained network is the identity.
 
 Source: Sideri-Lampretsa et al., Interpretable deformable image registration: a geometric deep learning perspective,
 arXiv 2412.13294: section 3, eqs 4 to 7. Its source points are our fixed points: both are mapped into the other image.
-Ours: offsets are measured in millimetres, so a window means the same at any spacing; the affine part of a motion passes
+Ours: offsets are measured in millimetres, so an offset means the same at any spacing (a window holds
+k voxels an axis, whatever they measure); the affine part of a motion passes
 from level to level exactly, also at the border; and u may be smoothed by a Gaussian, u <- G_sigma * u, before a point
 takes the step.
 """
@@ -57,7 +59,7 @@ class GeoRegConfig:
         grid: the grid that images are brought to before they enter; divisible by 2^(levels - 1).
         widths: channels a level, even.
         windows: neighbours an axis in the moving image, a level; 0 for a level that only interpolates.
-        parents: neighbours an axis among the parents, for every level but the coarsest.
+        parents: neighbours an axis among the parents, for all levels but the coarsest; 0: linear interpolation alone.
         iterations: steps a level; 1 each where left out.
         channels: of an image.
         encoders: 1 for both images, or 2, one for the moving and one for the fixed image (two modalities).
@@ -207,6 +209,10 @@ class GeoReg(nn.Module):
         Returns:
             The transform, a Dense on ``grid``, or on that of the level where it stops; the images as features; a step
             for every position update, coarse to fine, whose parameters are displacements in mm on its level's grid.
+
+        Raises:
+            ValueError: if the grid can not be halved so often or has another number of axes, the images do not fit it,
+                or ``finest`` is no level.
         """
         self._check(moving, fixed, grid)
         if not 0 <= finest < len(self.config.widths):

@@ -75,12 +75,12 @@ class ISTNConfig:
     """Everything that fixes an ISTN but its weights.
 
     Args:
-        grid: the grid that images are brought to before they enter; its centre is the centre of the affine.
+        grid: the grid that images are brought to before they enter; the affine turns about the centre of the one called with.
         stages: of the STN, coarse to fine.
         channels: of an image.
         structures: number of SoI channels.
         itn: channels a level of the ITN, finest first; empty for none (STN-u, STN-s).
-        shrink: the STN sees the maps averaged over cubes of this many voxels; the warp is at full resolution.
+        shrink: the STN sees the maps averaged over cubes of this many voxels; between stages it warps these.
         normalise: instance normalisation inside the networks.
         flat: the public STN: unpadded 5-wide convolutions, everything flattened, no normalisation.
     """
@@ -128,7 +128,8 @@ def public(grid: Grid, kind: str, structures: int = 1, itn: bool = True) -> ISTN
 
     Parameters: ITN 5,031 (2D), 13,655 (3D); STN affine 164,142 (2D), 148,020 (3D); B-spline 2,090,506 (2D),
     4,563,219 (3D). Its bounds are theirs, in coordinates of -1 to 1 over the image: shift 0.1, scale exp(0.2), turns
-    45 degrees, B-spline 0.2. Ours differs from it in that the identity is the identity, and the start.
+    45 degrees, B-spline 0.2. Ours differs from it in that the identity is the identity, and the
+    start, and in 3D in the order of the turns (theirs: about axes 2, 0, 2).
 
     Args:
         grid: working grid.
@@ -183,6 +184,9 @@ class ISTN(nn.Module):
             moving: ``b c *grid`` in [0, 1].
             fixed: the same.
             grid: where both sit; its shape and spacing are those of the configuration.
+
+        Raises:
+            ValueError: if the grid's shape or spacing are others, or the images do not fit it.
         """
         self._check(moving, fixed, grid, self.config.channels)
         return replace(self.align(*self.features(moving, fixed), grid), images=(moving, fixed))

@@ -16,10 +16,10 @@ once give the same numbers as one by one, up to rounding. Adam divides a slope b
 of rounding where a loss has next to no slope: there corrections differ by up to a tenth of a millimetre, and the losses
 do not.
 
-Source: Lee et al., Image-and-Spatial Transformer Networks, MICCAI 2019, section 2.3 (weights; a fresh Adam at the
-training rate, 50 steps, ITN fixed). Refining the parameters is ours: it is faster, and forgets nothing. Ours, too, are
-sharpened maps, the images beside them, and the corrections: of parameters that add up, as those of a GeoReg, the finest
-ones soon fold; smooth ones that are composed do so later.
+Source: Lee et al., Image-and-Spatial Transformer Networks, MICCAI 2019, section 2.3 (weights, ITN fixed); a fresh
+Adam at the training rate and 50 steps are its public code's. Refining the parameters is ours: it is faster, and forgets
+nothing. Ours, too, are sharpened maps, the images beside them, and the corrections: of parameters that add up, as those
+of a GeoReg, the finest ones soon fold; smooth ones that are composed do so later.
 """
 
 from dataclasses import replace
@@ -63,7 +63,8 @@ def refine(
 
     Raises:
         ValueError: if maps or images hold numbers that are not finite, images are wanted that the result lacks, or
-            several pairs are watched at once of which each is refined alone: by weights, or greedily with a focus.
+            several pairs are watched at once of which each is refined alone: by weights, or greedily with a focus; or
+            several pairs of a model of keypoints are refined by weights.
     """
     settings = settings or Refinement()
     loss = loss or objectives.at_test_time(model, settings.window_vox, settings.pyramid)

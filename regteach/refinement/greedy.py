@@ -1,8 +1,8 @@
 """Greedy registration: a displacement follows the slope of a loss in small, smooth, composed steps.
 
-At each step, with G a Gaussian and h the size of a voxel,
+At each step, with g = G_update * dL/du, G a Gaussian, and h the spacing of each axis,
 
-    v   = - rate h  G_update * dL/du  /  max |G_update * dL/du|     no point moves further than ``rate`` voxels
+    v   = - rate  g / max |g / h|                                   no point moves further than ``rate`` voxels
     phi = phi o (id + v),    that is  u(x) <- u(x + v(x)) + v(x)    composed, not added: what is smooth does not fold
     u   = G_whole * u                                               a little stiffness for the whole
 
