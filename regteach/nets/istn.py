@@ -75,7 +75,7 @@ class ISTNConfig:
     """Everything that fixes an ISTN but its weights.
 
     Args:
-        grid: the grid that images are brought to before they enter; the affine turns about the centre of the one called with.
+        grid: the grid that images are brought to; the affine turns about the centre of the one that a call names.
         stages: of the STN, coarse to fine.
         channels: of an image.
         structures: number of SoI channels.
