@@ -108,6 +108,7 @@ def _mni_t1t2() -> Cohort:
 COHORTS: dict[str, Callable[[], Cohort]] = {
     "trees": lambda: _tree_cohort("segmentation"),
     "tree-landmarks": lambda: _tree_cohort("landmarks"),
+    "tree-landmark-distances": lambda: _tree_cohort("landmark distances"),
     "synth2d": _synth2d,
     "hippocampus": _hippocampus,
     "slices": _slices,

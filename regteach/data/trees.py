@@ -26,13 +26,14 @@ from regteach.data.intensity import normalised
 from regteach.grid import Grid
 from regteach.sampling import flat_points, grid_points, warp
 
-KINDS = ("segmentation", "landmarks", "each landmark")
+KINDS = ("segmentation", "landmarks", "each landmark", "landmark distances")
 SIDE = 128
 MOTION = AffineBounds(translation_mm=5.0, rotation_deg=20.0, scale_ratio=1.1, stretch_axes_deg=45.0)  # as in synth2d
 # Lengths of the drawing, as fractions of the image's side.
 SQUARE_HALF = 0.38
 TREE_RADIUS = 2.5 / SIDE
 BLUR = 5.0 / SIDE  # standard deviation of the soft maps
+REACH = 24.0 / SIDE  # how far from its landmark a map of distances says something
 ROOT, HEADING_DEG = (0.11, 0.11), 45.0  # towards the opposite corner, axis 0 to axis 1
 LENGTHS = (0.15, 0.32, 0.30)  # of the branches at each depth
 FORKS_DEG = ((-40.0, 0.0, 40.0), (-17.0, 17.0))  # directions of the new branches against the old one, at each depth
@@ -126,8 +127,9 @@ def generate_trees(
         test: number of test pairs.
         size: pixels along each axis; all lengths of the drawing go with it.
         seed: of motion, grey values and noise.
-        kind: of SoI: "segmentation" (the tree), "landmarks" (its forks, tips and root as blobs in one channel) or
-            "each landmark" (a channel for each).
+        kind: of SoI: "segmentation" (the tree), "landmarks" (its forks, tips and root as blobs in one channel),
+            "each landmark" (a channel for each), or "landmark distances" (one channel that falls in a straight line
+            from 1 at a landmark to 0 at :data:`REACH` from the nearest, as a distance map does, cut off).
         blurred: whether the segmentation falls off smoothly from the middle of the branches (1), which gives a gradient
             from afar, or is the tree as drawn.
         noise: standard deviation of the noise, where background and square differ by about 0.8.
@@ -166,7 +168,8 @@ def generate_trees(
     soft = _blob(distance, size)
     soi = soft if blurred else body
     if kind != "segmentation":
-        soi = _blob(_distances_to(landmarks, placed, grid, merged=kind == "landmarks"), size)
+        nearest = _distances_to(landmarks, placed, grid, merged=kind != "each landmark")
+        soi = (1 - nearest / (REACH * size)).clamp_min(0) if kind == "landmark distances" else _blob(nearest, size)
     images = _paint(body, _square_cover(square, grid), draws, noise)
     names = {1: {"segmentation": "tree"}.get(kind, "landmarks")}
     if kind == "each landmark":

@@ -157,6 +157,19 @@ def test_each_kind_of_soi_fits_its_labels_and_names(kind: str) -> None:
             assert (values[inside] > 0.9).all()
 
 
+def test_a_map_of_distances_falls_in_a_straight_line_from_each_landmark() -> None:
+    trees = generate_trees(0, 0, 3, size=64, kind="landmark distances")
+    assert trees.landmarks is not None
+    # In the image a distance is that of the reference tree, which an affine has stretched a little.
+    reference = trees.placed.inverse()
+    points, landmarks = reference(flat_points(trees.grid)), reference(trees.landmarks)
+    nearest = torch.cdist(points, landmarks).amin(-1).reshape(-1, 64, 64)
+    torch.testing.assert_close(trees.soi[:, 0], (1 - nearest / 12).clamp_min(0), atol=1e-3, rtol=0)
+    blobs = generate_trees(0, 0, 3, size=64, kind="landmarks")
+    torch.testing.assert_close(trees.images, blobs.images)
+    assert ((trees.soi > 0) & (blobs.soi < 0.01)).float().mean() > 0.05  # a slope where a blob is flat
+
+
 def test_the_tree_as_drawn_is_thinner_than_its_soft_map() -> None:
     soft, drawn = (generate_trees(4, 0, 0, blurred=blurred) for blurred in (True, False))
     assert 0.3 < drawn.tree.sum() / soft.tree.sum() < 0.6
@@ -179,7 +192,10 @@ def test_motion_is_as_large_as_asked_for() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"kind": "segmentations"}, "one of segmentation, landmarks, each landmark, not 'segmentations'"),
+        (
+            {"kind": "segmentations"},
+            "one of segmentation, landmarks, each landmark, landmark distances, not 'segmentations'",
+        ),
         ({"size": 16}, "at least 32 pixels"),
         ({"train": -1}, "numbers of pairs"),
         ({"train": 0, "validation": 0, "test": 0}, "not all 0"),

@@ -338,6 +338,33 @@ def test_it_learns_a_large_translation_at_its_coarsest_level_and_refinement_goes
         assert refined.curve[-1] < refined.curve[0]
 
 
+def test_one_object_at_two_spacings_moves_by_the_same_millimetres() -> None:
+    fine, coarse = Grid((32, 32)), Grid((16, 32), (2.0, 1.0), (0.5, 0.0))  # of one and the same place
+    net = net_of(GeoRegConfig(fine, (8, 8, 16), (0, 3, 3), (2, 3), (0, 1, 2)))
+    optimiser = torch.optim.Adam(net.parameters(), 3e-3)
+    draw = torch.Generator().manual_seed(0)
+    for k in range(120):
+        grid = (fine, coarse)[k % 2]
+        moving = torch.cat([blob(grid, 8 * float(torch.rand((), generator=draw)) - 4) for _ in range(4)])
+        result = net(moving, blob(grid).expand(4, -1, -1, -1), grid)
+        loss = objectives.total(objectives.multiscale(result, grid, "ncc", 1.0)).mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+
+    def found(shift_mm: float, seen_on: Grid, said: Grid) -> float:
+        """How far the middle goes along axis 0, mm, when the network is told that the voxels are those of ``said``."""
+        middle = torch.tensor([[said.centre]])
+        with torch.no_grad():
+            transform = net(blob(seen_on, shift_mm), blob(seen_on), said).transform
+        return float((transform(middle) - middle)[0, 0, 0])
+
+    for shift_mm in (-3.0, 3.0):
+        assert found(shift_mm, fine, fine) == pytest.approx(shift_mm, abs=0.6)
+        assert found(shift_mm, coarse, coarse) == pytest.approx(shift_mm, abs=0.6)
+        assert abs(found(shift_mm, coarse, Grid((16, 32)))) < 2.4  # spacing that is not heard gives another answer
+
+
 def test_a_constant_image_moves_nothing_and_breaks_nothing() -> None:
     """Correlation with a constant is defined as 0: no gradient, no NaN."""
     net = net_of(FLAT, moving=True)
