@@ -141,7 +141,18 @@ def mathematics(latex: str, block: bool) -> str:
     unknown = re.search(r"\\[A-Za-z]+|\\\\|(?<=<mi>)&(?=</mi>)", made)
     if unknown:
         raise ValueError(f"{unknown.group()} is unknown to latex2mathml: {latex}")
-    return made.replace("<math ", f'<math alttext="{html.escape(latex)}" ', 1)
+    return _primes_in_line(made).replace("<math ", f'<math alttext="{html.escape(latex)}" ', 1)
+
+
+_PRIME = r"(?:<mrow>)?<mi>(&#x0203[23];)</mi>(?:</mrow>)?"
+
+
+def _primes_in_line(made: str) -> str:
+    """A prime is drawn raised already; as an exponent it would fly far above its letter."""
+    letter = r"(<mi[^<]*</mi>)"
+    made = re.sub(rf"<msup>{letter}{_PRIME}</msup>", r"<mrow>\1<mo>\2</mo></mrow>", made)
+    index = r"(<m[in]>[^<]*</m[in]>|<mrow>(?:<m[ino]>[^<]*</m[ino]>)*</mrow>)"
+    return re.sub(rf"<msubsup>{letter}{index}{_PRIME}</msubsup>", r"<msub><mrow>\1<mo>\3</mo></mrow>\2</msub>", made)
 
 
 class _Rewriter(HTMLParser):

@@ -79,6 +79,14 @@ def test_mathematics_in_text_only():
     assert "$5 or $6 here" in made
 
 
+def test_a_prime_stays_beside_its_letter():
+    for latex in ("M'", "f'_i", "M'_{ij}", "x''", r"x^{\prime}", "u'(x)"):
+        made = mathematics(latex, block=False)
+        assert "sup>" not in made, latex
+        assert "<mo>&#x0203" in made, latex
+    assert "msubsup" in mathematics("A_k^2", block=False)  # what is no prime stays as it is
+
+
 @pytest.mark.parametrize("latex", [r"\begin{aligned} a &= b \\ c &= d \end{aligned}", r"\unheardof{x}", r"\left( x"])
 def test_mathematics_that_is_not_known_is_an_error(latex):
     with pytest.raises(ValueError, match=r"latex2mathml|cannot be shown"):
