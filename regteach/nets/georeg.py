@@ -65,8 +65,8 @@ class GeoRegConfig:
         encoders: 1 for both images, or 2, one for the moving and one for the fixed image (two modalities).
         contrasts: of two encoders, what the moving and what the fixed image are, in words: ("T1", "T2").
         similarity: what the images are compared by, in training and in refinement: "ncc", "local_ncc", ...
-        moves: "points" (coordinates move), or "features": the moving features are resampled at the points instead, and
-            looked at from their rest positions. For comparison.
+        moves: "points" (coordinates move, steps add up), or "features": the moving features are resampled at the points
+            instead, looked at from their rest positions, and steps are composed. For comparison.
         interpolation: of the parents' motion: "learned", or "linear" alone. For comparison.
         supervision: "across" levels, or "within": then no gradient passes from a level to the one before it. For
             comparison.
@@ -270,7 +270,13 @@ class GeoReg(nn.Module):
         def to_moving(query: Tensor, rest: Tensor, points: Tensor, **asked: Any) -> Tensor:
             return neighbourhood_attention(query, features, rest if resampled else points, here.grid, **asked)
 
-        return self._moved(self.deform[level], here, to_moving)
+        moved, step = self._moved(self.deform[level], here, to_moving)
+        if not resampled:
+            return moved, step
+        # What is seen from rest is taken from rest: first the step, then all that was before it.
+        rest = flat_points(here.grid, step.device)
+        after = (Dense(here.displacement, here.grid)(rest + step.flatten(1, -2)) - rest).unflatten(1, here.grid.shape)
+        return replace(moved, displacement=after), after - here.displacement
 
     def _moved(self, module: nn.Module, here: _Level, attend: Attention) -> tuple[_Level, Tensor]:
         """Apply a deformation module to every point of a level, in slabs where there are many."""

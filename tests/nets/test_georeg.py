@@ -220,6 +220,23 @@ def test_every_ablation_is_another_network_with_the_same_weights(change: dict[st
     assert (a - b).abs().max() > 1e-3
 
 
+class Stretching(torch.nn.Module):
+    """In the place of a Deformation: a step of a tenth of the way from the origin, whatever is heard."""
+
+    def forward(self, attend: object, own: Tensor, rest: Tensor, points: Tensor) -> Tensor:
+        return torch.cat([0.1 * rest, own], -1)
+
+
+@pytest.mark.parametrize(("moves", "factor"), [("points", 0.2), ("features", 0.1 + 0.1 * 1.1)])
+def test_steps_of_points_add_up_and_steps_seen_from_rest_are_composed(moves: str, factor: float) -> None:
+    grid = Grid((16, 16), origin=(-7.5, -7.5))
+    net = net_of(GeoRegConfig(grid, (4,), (3,), (), (2,), moves=moves))
+    net.deform[0] = Stretching()
+    both = torch.rand(2, 1, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    found = displacement(net(both[0], both[1], grid).transform, grid)[0, 2:-2, 2:-2]
+    torch.testing.assert_close(found, factor * grid_points(grid)[2:-2, 2:-2])
+
+
 def test_each_of_two_encoders_reads_its_own_image() -> None:
     plain, two = net_of(FLAT, moving=True), net_of(replace(FLAT, encoders=2), moving=True, seed=1)
     for own in two.encoders:
