@@ -9,7 +9,8 @@ method gets the image and its deformed copy, and is measured against the exact t
 - affine: found on the pair itself, from coarse to fine;
 - free-form: cubic B-splines after that affine, found on the pair itself, from coarse to fine;
 - U-Net: both images into one network (VoxelMorph-style), one pass;
-- feature warping: GeoReg whose moving features are resampled at the points, where GeoReg moves the points; one pass;
+- feature warping: GeoReg whose moving features are resampled at the points, where GeoReg moves the points, and whose
+  steps are composed, where those of points add up; one pass;
 - GeoReg, one pass.
 
 The three networks learn from the same synthetic pairs of training people, all families and ranges in equal parts,
@@ -106,7 +107,7 @@ class Options(networks.Options):
     Args:
         recipes: only the methods whose names contain one of these.
         sets: what is registered: "digits", "slices", "hippocampus" (3D; slow on a CPU).
-        seeds: of the trainings on digits; all other sets take the first.
+        seeds: of the trainings in 2D; volumes take the first.
     """
 
     sets: tuple[str, ...] = ("digits", "slices")
@@ -328,7 +329,7 @@ def wanted(options: Options) -> list[str]:
 def rows_of(name: str, setup: Setup, options: Options, split: str = "test") -> tuple[list[dict[str, Any]], Cohort]:
     """Means over the pairs of each method, seed, family and range."""
     cohort = setup.load()
-    seeds = options.seeds if name == "digits" else options.seeds[:1]
+    seeds = options.seeds if cohort.grid.dim == 2 else options.seeds[:1]
     device, rows = torch.device(options.device), []
     methods = finders(setup, cohort, seeds, options)
     tests = [to_test(cohort, *case, setup.test, split) for case in CASES]

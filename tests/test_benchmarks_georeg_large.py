@@ -148,7 +148,9 @@ def test_verdicts_follow_the_numbers() -> None:
 
 def run(folder: Path, *more: str) -> tuple[dict[str, Any], str]:
     file = folder / "result.json"
-    bench.main(["--quick", "--json", str(file), "--runs", str(folder / "runs"), "--device", "cpu", *more])
+    bench.main(
+        ["--quick", "--json", str(file), "--runs", str(folder / "runs"), "--device", "cpu", "--seeds", "0", *more]
+    )
     return json.loads(file.read_text(encoding="utf-8")), file.with_suffix(".md").read_text(encoding="utf-8")
 
 
