@@ -2,8 +2,8 @@
 
 They live in an environment of their own (requirements-classical.lock), and each is imported when it is first used.
 Images are NumPy arrays on one grid whose first voxel sits at zero and whose axes are the world's, so that a tool's
-world is our own, axis by axis; a field is ``*grid d``, in mm, and maps fixed points to moving points, as in ITK. What a
-tool is told stands beside it in :data:`TOOLS`.
+world is our own, axis by axis, in units of the smallest side of a voxel; a field is ``*grid d``, in the same units, and
+maps fixed points to moving points, as in ITK. What a tool is told stands beside it in :data:`TOOLS`.
 """
 
 import tempfile
@@ -22,7 +22,7 @@ from torch import Tensor
 from regteach.grid import Grid
 from regteach.transforms import Dense
 
-Field = Callable[[np.ndarray, np.ndarray, tuple[float, ...]], np.ndarray]  # moving, fixed, spacing (mm) -> field
+Field = Callable[[np.ndarray, np.ndarray, tuple[float, ...]], np.ndarray]  # moving, fixed, spacing -> field
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,9 @@ class Tool:
         if grid.dim not in self.dims or moving.shape[:2] != (1, 1):
             raise ValueError(f"{self.module} takes one pair of one channel in {self.dims} axes; got {moving.shape}.")
         arrays = [image[0, 0].cpu().numpy().astype(np.float32) for image in (moving, fixed)]
-        found = self.field(arrays[0], arrays[1], grid.spacing)
+        # Some tools have lengths of a head built in, and lose their way where a pixel has a hundredth of a millimetre.
+        unit = min(grid.spacing)
+        found = unit * self.field(arrays[0], arrays[1], tuple(h / unit for h in grid.spacing))
         return Dense(torch.from_numpy(np.ascontiguousarray(found, dtype=np.float32))[None].to(moving.device), grid)
 
 
@@ -129,7 +131,7 @@ def _coarser(image: Any, factor: int) -> Any:
     sitk = import_module("SimpleITK")
     if factor == 1:
         return image
-    widths = [(factor * step / 2) ** 2 for step in image.GetSpacing()]  # variances, mm^2
+    widths = [(factor * step / 2) ** 2 for step in image.GetSpacing()]  # variances
     return sitk.Shrink(sitk.DiscreteGaussian(image, widths), [factor] * image.GetDimension())
 
 
@@ -142,6 +144,7 @@ def _affine(fixed: Any, moving: Any) -> Any:
     tool.SetOptimizerScalesFromPhysicalShift()
     tool.SetShrinkFactorsPerLevel([4, 2, 1])
     tool.SetSmoothingSigmasPerLevel([2, 1, 0])
+    tool.SmoothingSigmasAreSpecifiedInPhysicalUnitsOff()  # in voxels
     tool.SetInterpolator(sitk.sitkLinear)
     middle = sitk.CenteredTransformInitializerFilter.GEOMETRY
     start = sitk.CenteredTransformInitializer(fixed, moving, sitk.AffineTransform(dim), middle)

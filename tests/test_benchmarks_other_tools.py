@@ -16,6 +16,7 @@ from regteach.sampling import grid_points, warp
 from regteach.transforms import displacement
 
 GRIDS = {2: Grid((44, 60), (1.5, 1.0)), 3: Grid((28, 36, 44), (1.5, 1.2, 1.0))}
+SMALL = 0.01  # of a length: a pixel of the retina
 SHIFT_MM = (3.0, -4.0, 2.0)
 
 
@@ -28,6 +29,19 @@ def blobs(grid: Grid) -> torch.Tensor:
         widths = torch.tensor([3.0 + k, 5.0 - k, 4.0])[: grid.dim]
         image = image + height * torch.exp(-(((points - middle) / widths) ** 2).sum(-1) / 2)
     return image[None, None]
+
+
+@pytest.mark.parametrize("name", TOOLS)
+def test_the_size_of_a_pixel_changes_nothing(name: str) -> None:
+    tool, grid = TOOLS[name], GRIDS[2]
+    if not tool.here or 2 not in tool.dims:
+        pytest.skip(f"{name} is not installed, or takes no images of 2 axes")
+    small = Grid(grid.shape, tuple(SMALL * h for h in grid.spacing))
+    moving = blobs(grid)
+    fixed = warp(moving, Affine(torch.eye(2)[None], torch.tensor([SHIFT_MM[:2]]), torch.zeros(2)), grid)
+    large_field, small_field = (tool(moving, fixed, g).displacement for g in (grid, small))
+    # Two runs of a tool with random samples differ a little, too.
+    assert float((small_field / SMALL - large_field)[0][fixed[0, 0] > 0.2].norm(dim=-1).mean()) < 0.5  # mm
 
 
 @pytest.mark.parametrize("dim", [2, 3])
