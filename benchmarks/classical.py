@@ -7,12 +7,10 @@ maps fixed points to moving points, as in ITK. What a tool is told stands beside
 """
 
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -75,8 +73,8 @@ def greedy(moving: np.ndarray, fixed: np.ndarray, spacing: tuple[float, ...]) ->
     dim = moving.ndim
     tool = module.Greedy2D() if dim == 2 else module.Greedy3D()
     window, always = "x".join("2" * dim), f"-V 0 -threads 1 -d {dim}"
-    with _folder() as folder:
-        affine, warp, both = (folder / name for name in ("affine.mat", "warp.nii.gz", "both.nii.gz"))
+    with tempfile.TemporaryDirectory() as folder:
+        affine, warp, both = (f"{folder}/{name}" for name in ("affine.mat", "warp.nii.gz", "both.nii.gz"))
         images = {"fix": _itk(fixed, spacing), "mov": _itk(moving, spacing)}
         tool.execute(
             f"{always} -i fix mov -a -dof 12 -n 100x50x10 -ia-image-centers -m NCC {window} -o {affine}", **images
@@ -85,7 +83,7 @@ def greedy(moving: np.ndarray, fixed: np.ndarray, spacing: tuple[float, ...]) ->
             f"{always} -i fix mov -it {affine} -n 100x50x10 -m NCC {window} -s 1.732vox 0.707vox -o {warp}", **images
         )
         tool.execute(f"{always} -rf fix -rc {both} -r {warp} {affine}", **images)
-        return _field(import_module("SimpleITK").ReadImage(str(both)))
+        return _field(import_module("SimpleITK").ReadImage(both))
 
 
 # ---- ANTs ----
@@ -95,7 +93,7 @@ def syn(moving: np.ndarray, fixed: np.ndarray, spacing: tuple[float, ...]) -> np
     """ANTs SyN by cross-correlation, after an affine by mutual information."""
     ants = import_module("ants")
     images = [ants.from_numpy(array, spacing=spacing) for array in (fixed, moving)]
-    with _folder() as folder:
+    with tempfile.TemporaryDirectory() as folder:
         found = ants.registration(
             *images, type_of_transform="SyN", syn_metric="CC", syn_sampling=2, reg_iterations=(40, 20, 10),
             outprefix=f"{folder}/", random_seed=1,
@@ -112,7 +110,6 @@ def demons(moving: np.ndarray, fixed: np.ndarray, spacing: tuple[float, ...]) ->
     sitk = import_module("SimpleITK")
     there, here = _itk(fixed, spacing), _itk(moving, spacing)
     affine = _affine(there, here)
-    found = sitk.TransformToDisplacementField(affine, sitk.sitkVectorFloat64, *_frame(there))
     here = sitk.Resample(here, there, affine, sitk.sitkLinear)
     here = sitk.HistogramMatching(here, there, 256, 12, True)
     tool = sitk.DiffeomorphicDemonsRegistrationFilter()
@@ -122,8 +119,10 @@ def demons(moving: np.ndarray, fixed: np.ndarray, spacing: tuple[float, ...]) ->
         coarse = [_coarser(image, factor) for image in (there, here)]
         tool.SetNumberOfIterations(steps)
         shift = tool.Execute(*coarse, *([] if shift is None else [sitk.Resample(shift, coarse[0])]))
-    whole = sitk.CompositeTransform([affine, sitk.DisplacementFieldTransform(sitk.Cast(shift, found.GetPixelID()))])
-    return _field(sitk.TransformToDisplacementField(whole, sitk.sitkVectorFloat64, *_frame(there)))
+    bent = sitk.DisplacementFieldTransform(sitk.Cast(shift, sitk.sitkVectorFloat64))
+    whole = sitk.CompositeTransform([affine, bent])  # the last one listed comes first: fixed points, bent, then affine
+    frame = there.GetSize(), there.GetOrigin(), there.GetSpacing(), there.GetDirection()
+    return _field(sitk.TransformToDisplacementField(whole, sitk.sitkVectorFloat64, *frame))
 
 
 def _coarser(image: Any, factor: int) -> Any:
@@ -172,21 +171,11 @@ def _itk(array: np.ndarray, spacing: tuple[float, ...]) -> Any:
     return image
 
 
-def _frame(image: Any) -> tuple[Any, ...]:
-    return image.GetSize(), image.GetOrigin(), image.GetSpacing(), image.GetDirection()
-
-
 def _field(image: Any) -> np.ndarray:
     """ITK's arrays have their axes backwards."""
     array = import_module("SimpleITK").GetArrayFromImage(image)
     dim = image.GetDimension()
     return np.moveaxis(array, range(dim), range(dim)[::-1])
-
-
-@contextmanager
-def _folder() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory() as name:
-        yield Path(name)
 
 
 TOOLS = {
@@ -195,7 +184,7 @@ TOOLS = {
     ),
     "diffeomorphic demons (ITK)": Tool(
         "SimpleITK", demons,
-        "an affine by correlation, then 60, 40 and 20 steps on quarters, halves and whole, the field smoothed by 1.5",
+        "an affine by correlation, then 60, 40 and 20 steps on quarters, halves, whole; field smoothed by 1.5 voxels",
     ),
     "ConvexAdam": Tool("convexAdam", convex_adam, "MIND features, its own defaults", dims=(3,)),
     "Greedy (PICSL)": Tool(

@@ -205,17 +205,21 @@ def methods(trial: Trial, recipe: Recipe, model: Model | None, how: Optimisation
     if model is None:
         return found
 
-    def one_pass(moving: Tensor, fixed: Tensor) -> Transform:
-        with torch.no_grad():
-            transform: Transform = model.network(moving, fixed, grid).transform
-        return transform
+    return found | {ONE: partial(one_pass, model=model, grid=grid), REFINED: partial(refined, model=model, grid=grid)}
 
-    def refined(moving: Tensor, fixed: Tensor) -> Transform:
-        with torch.no_grad():
-            result = model.network(moving, fixed, grid)
-        return refine(model.network, result, grid, model.refinement).result.transform
 
-    return found | {ONE: one_pass, REFINED: refined}
+@torch.no_grad()
+def one_pass(moving: Tensor, fixed: Tensor, model: Model, grid: Grid) -> Transform:
+    """What the network of a model says at once."""
+    transform: Transform = model.network(moving, fixed, grid).transform
+    return transform
+
+
+def refined(moving: Tensor, fixed: Tensor, model: Model, grid: Grid) -> Transform:
+    """The same, refined as the model recommends."""
+    with torch.no_grad():
+        result = model.network(moving, fixed, grid)
+    return refine(model.network, result, grid, model.refinement).result.transform
 
 
 def without_network(recipe: Recipe) -> Refinement:

@@ -7,8 +7,8 @@ maps, synthetic T1) and retina (drawn). Every method gets two images and gives a
 through it by nearest voxel, and folding is counted on it, here and not by the tool. ISTN learned from labels of its
 training people; nothing else has ever seen one. Labels of the pair itself are for measuring alone.
 
-The tools need an environment of their own (README, "Other tools"). One that is not installed is named, and has no row;
-their settings were not tuned on these data, but are those that their authors give for such images, or usual ones.
+The tools need an environment of their own (README, "Register your own files"). One that is not installed is named, and
+has no row; their settings were not tuned on these data, but are their own defaults, or usual ones.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,18 +19,16 @@ from typing import Any, Literal
 
 import torch
 import tyro
-from torch import Tensor
 
 from benchmarks import networks, tables
 from benchmarks.classical import TOOLS
-from benchmarks.georeg_brains import NOTHING, Method, Trial, measured
+from benchmarks.georeg_brains import NOTHING, Method, Trial, measured, one_pass, refined
 from benchmarks.harness import hardware
 from benchmarks.tables import Table, number
-from regteach.checkpoints import SUFFIX, WEIGHTS, Model, load
+from regteach.checkpoints import SUFFIX, WEIGHTS, load
 from regteach.grid import Grid
 from regteach.recipes import find_recipe
-from regteach.refinement import refine
-from regteach.transforms import Identity, Transform
+from regteach.transforms import Identity
 
 Part = Literal["hippocampus", "brains", "slices", "retina"]
 MODELS: dict[Part, tuple[str, ...]] = {
@@ -90,22 +88,13 @@ def methods(part: Part, grid: Grid, options: Options) -> dict[str, Method]:
         return found
     for name in MODELS[part]:
         model = load(options.weights / f"{name}{SUFFIX}")
-        found[f"{name}, one pass"] = partial(_registered, model=model, grid=grid, refined=False)
-        found[f"{name}, refined"] = partial(_registered, model=model, grid=grid, refined=True)
+        found[f"{name}, one pass"] = partial(one_pass, model=model, grid=grid)
+        found[f"{name}, refined"] = partial(refined, model=model, grid=grid)
     return found
 
 
 def _wanted(name: str, options: Options) -> bool:
     return not options.tools or any(part.lower() in name.lower() for part in options.tools)
-
-
-def _registered(moving: Tensor, fixed: Tensor, model: Model, grid: Grid, refined: bool) -> Transform:
-    with torch.no_grad():
-        result = model.network(moving, fixed, grid)
-    if refined:
-        result = refine(model.network, result, grid, model.refinement).result
-    transform: Transform = result.transform
-    return transform
 
 
 def show(trial: Trial, records: Sequence[Mapping[str, Any]], options: Options) -> Table:

@@ -17,10 +17,9 @@ grid). Wb starts at zero, so the untrained network is the identity.
 
 Source: Sideri-Lampretsa et al., Interpretable deformable image registration: a geometric deep learning perspective,
 arXiv 2412.13294: section 3, eqs 4 to 7. Its source points are our fixed points: both are mapped into the other image.
-Ours: offsets are measured in millimetres, so an offset means the same at any spacing (a window holds
-k voxels an axis, whatever they measure); the affine part of a motion passes
-from level to level exactly, also at the border; and u may be smoothed by a Gaussian, u <- G_sigma * u, before a point
-takes the step.
+Ours: offsets are measured in millimetres, so an offset means the same at any spacing (a window holds k voxels an axis,
+whatever they measure); the affine part of a motion passes from level to level exactly, also at the border; and u may be
+smoothed by a Gaussian, u <- G_sigma * u, before a point takes the step.
 """
 
 import itertools

@@ -128,8 +128,8 @@ def public(grid: Grid, kind: str, structures: int = 1, itn: bool = True) -> ISTN
 
     Parameters: ITN 5,031 (2D), 13,655 (3D); STN affine 164,142 (2D), 148,020 (3D); B-spline 2,090,506 (2D),
     4,563,219 (3D). Its bounds are theirs, in coordinates of -1 to 1 over the image: shift 0.1, scale exp(0.2), turns
-    45 degrees, B-spline 0.2. Ours differs from it in that the identity is the identity, and the
-    start, and in 3D in the order of the turns (theirs: about axes 2, 0, 2).
+    45 degrees, B-spline 0.2. Ours differs from it in that the identity is the identity, and the start,
+    and in 3D in the order of the turns (theirs: about axes 2, 0, 2).
 
     Args:
         grid: working grid.
