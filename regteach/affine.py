@@ -55,6 +55,7 @@ class Affine(Transform):
         batch = max(points.shape[0], self.matrix.shape[0])
         return self.matrix[:, None].expand(batch, points.shape[1], -1, -1)
 
+    @exactly
     def inverse(self) -> "Affine":
         """x = M^-1 (y - c) + c - M^-1 t.
 

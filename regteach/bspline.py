@@ -117,6 +117,7 @@ def basis_matrix(ctrl: Grid, grid: Grid, axis: int, derivative: int, like: Tenso
     return weights.to(device=like.device, dtype=like.dtype)
 
 
+@exactly
 def fit(values: Float[Tensor, "b *grid e"], grid: Grid, ctrl: Grid) -> Float[Tensor, "b *ctrl e"]:
     """Coefficients whose spline is closest, in least squares over the voxels, to ``values``.
 

@@ -83,7 +83,7 @@ class Model:
         return config.dim if isinstance(config, KernelConfig) else self.grid.dim
 
     def to(self, device: torch.device | str) -> "Model":
-        """The same on another device."""
+        """The same on another device: the network itself is moved there."""
         self.network.to(device)
         return self
 

@@ -5,7 +5,7 @@ Each command is a dataclass read by tyro.
 
 import sys
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -119,14 +119,19 @@ class Register:
 
     def __call__(self) -> int:
         """Run the command and return the exit status."""
-        from regteach.registration import as_volume, register, writable
+        from regteach.registration import Registration, as_volume, register, writable
+        from regteach.transforms import Identity
 
         # What can be refused is refused before the work: nothing is written then.
         writable(self.out)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # they come again as notes
+            moving = as_volume(self.moving, "the moving image")
             labels = as_volume(self.labels, "the label map", labels=True) if self.labels else None
-            result = register(self.moving, self.fixed, self.model, self.refine, self.device)
+            if labels is not None:  # a rehearsal, for one voxel, of what is done to them at the end
+                first = moving.grid.cropped([0] * moving.grid.dim, [1] * moving.grid.dim)
+                Registration(Identity(first.dim), replace(moving, grid=first), moving, {}).warp(labels, order=0)
+            result = register(moving, self.fixed, self.model, self.refine, self.device)
             folder = result.save(self.out, labels)
         for note in result.report["notes"]:
             print(f"regteach: {note}", file=sys.stderr)
@@ -175,15 +180,19 @@ class Evaluate:
     """How many pairs, seed 0."""
     refine: int | None = None
     """Steps of refinement instead of the recommended ones; 0 is one pass alone."""
+    device: str = "auto"
+    """cpu, cuda, or auto."""
 
     def __call__(self) -> int:
         """Run the command and return the exit status."""
         from regteach import checkpoints, runs
+        from regteach.registration import find_device
 
         if not self.model:
             print("\n".join(checkpoints.available()) or "No weights ship with this version.")
             return 0
-        for name, figures in runs.evaluate(checkpoints.load(self.model), self.pairs, self.refine).items():
+        model = checkpoints.load(self.model, find_device(self.device))
+        for name, figures in runs.evaluate(model, self.pairs, self.refine).items():
             print(f"{name:10s} " + "  ".join(f"{key} {value:.3f}" for key, value in figures.items()))
         return 0
 

@@ -19,10 +19,12 @@ from regteach.nets.blocks import fast_layout
 from regteach.nets.georeg import GeoRegConfig
 from regteach.nets.istn import ISTNConfig
 from regteach.recipes import Recipe
+from regteach.refinement import Refinement
 from regteach.sampling import warp
 from regteach.transforms import Identity
 
 FIRST = 3  # test pairs that a card names one by one
+MOST_NAMED = 300  # people: a card names no more than these
 
 
 class CohortTask:
@@ -37,6 +39,8 @@ class CohortTask:
     Raises:
         ValueError: if the recipe does not fit the cohort, or there is no pair to train on or to judge by.
     """
+
+    calls_forward = True
 
     def __init__(self, recipe: Recipe, cohort: Cohort | None = None, validation_pairs: int = 20) -> None:
         self.recipe = recipe
@@ -80,6 +84,13 @@ class CohortTask:
                 raise ValueError(
                     f"{self.recipe.name} has {levels} levels and needs a weight for each, and one above 0 among those "
                     "that are trained from the start."
+                )
+        if isinstance(self.recipe.bending, tuple):
+            levels = len(config.widths) if isinstance(config, GeoRegConfig) else 0
+            if len(self.recipe.bending) != levels:
+                raise ValueError(
+                    f"{self.recipe.name} has {len(self.recipe.bending)} weights of the bending energy: it takes "
+                    + (f"one, or one for each of its {levels} levels." if levels else "one.")
                 )
         if self.recipe.bending and isinstance(config, GeoRegConfig):
             coarsest = config.grid.coarsened(2 ** (len(config.widths) - 1))
@@ -149,6 +160,7 @@ class CohortTask:
                 first = next(iter(terms))
                 terms[first] = terms[first] + 0.0 * torch.stack([p.sum() for p in model.parameters()]).sum()
             return terms
+        assert not isinstance(recipe.bending, tuple)  # see the checks
         return objectives.istn(recipe.variant, result, images, soi, grid, recipe.bending, recipe.coarsen)
 
     def validate(self, model: nn.Module, device: torch.device) -> dict[str, float]:
@@ -182,13 +194,15 @@ class CohortTask:
         """The card's part: Dice and folding of test people, before, in one pass and refined."""
         cohort = self.cohort
         pairs = pairs_to_test(cohort)
-        once, first_once = measure(model.network, cohort, pairs)
+        once, first_once = _measured(model, cohort, pairs)
         begun = time.perf_counter()
-        refined, first_refined = measure(model.network, cohort, pairs, refinement=model.refinement)
+        refined, first_refined = _measured(model, cohort, pairs, model.refinement)
         seconds = (time.perf_counter() - begun) / len(pairs)
         return {
             "data": cohort.origin,
             "people": {split: len({cohort.people[i] for i in members}) for split, members in cohort.splits.items()},
+            "named": _names(cohort),
+            "chosen_by": "validation images alone" if self.recipe.imitate else "labels of validation people (Dice)",
             "test_pairs": len(pairs),
             "dice": {"before": _before(cohort, pairs), "one_pass": once["dice"], "refined": refined["dice"]},
             "folding_percent": {"one_pass": once["folding_percent"], "refined": refined["folding_percent"]},
@@ -204,10 +218,10 @@ class CohortTask:
         settings = model.refinement if steps is None else replace(model.refinement, steps=steps)
         figures = {
             "before": {"dice": _before(cohort, chosen)},
-            "one pass": measure(model.network, cohort, chosen)[0],
+            "one pass": _measured(model, cohort, chosen)[0],
         }
         if settings.steps:
-            figures["refined"] = measure(model.network, cohort, chosen, refinement=settings)[0]
+            figures["refined"] = _measured(model, cohort, chosen, settings)[0]
         return figures
 
     @classmethod
@@ -215,8 +229,8 @@ class CohortTask:
         """The card's first pairs, measured anew."""
         cohort = load_cohort(model.card["recipe"]["data"])
         pairs = pairs_to_test(cohort)[:FIRST]
-        once = measure(model.network, cohort, pairs)[1]
-        return _named(cohort, pairs, once, measure(model.network, cohort, pairs, refinement=model.refinement)[1])
+        once, refined = (_measured(model, cohort, pairs, how)[1] for how in (None, model.refinement))
+        return _named(cohort, pairs, once, refined)
 
     def _item(self, number: int) -> tuple[tuple[Tensor, Tensor], ...]:
         """A pair's images, their structures, and the images as they serve as a pattern: moving and fixed of each."""
@@ -256,6 +270,20 @@ def _middle(grid: Grid, size: Sequence[int]) -> tuple[tuple[slice, ...], Grid]:
     high = [a + small for a, small in zip(low, size, strict=True)]
     voxels = (slice(a, b) for a, b in zip(low, high, strict=True))
     return (slice(None), slice(None), *voxels), grid.cropped(low, high)
+
+
+def _measured(
+    model: Model, cohort: Cohort, pairs: Sequence[tuple[int, int]], refinement: Refinement | None = None
+) -> tuple[dict[str, float], list[PairFigures]]:
+    """As :func:`regteach.evaluation.measure`, on the device where the model is."""
+    return measure(model.network, cohort, pairs, next(model.network.parameters()).device, refinement)
+
+
+def _names(cohort: Cohort) -> dict[str, list[str]]:
+    """Who is in which split; nothing of thousands of digits, which are split by their number in the file."""
+    if len(set(cohort.people)) > MOST_NAMED:
+        return {}
+    return {split: sorted({cohort.people[i] for i in members}) for split, members in cohort.splits.items()}
 
 
 def _before(cohort: Cohort, pairs: Sequence[tuple[int, int]]) -> float:

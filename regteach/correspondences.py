@@ -31,7 +31,7 @@ class Keypoints:
         start: from the working grid's moving frame to the moving image's world.
         fixed: the fixed image on the working grid.
         read: the moving image on the working grid, through any transform to world coordinates.
-        given: correspondences that people gave.
+        given: correspondences that people gave, fixed and moving, ``n d`` each, world mm.
     """
 
     field: Field
@@ -41,7 +41,12 @@ class Keypoints:
     start: Transform
     fixed: Float[Tensor, "1 1 *grid"]
     read: framing.Reader
-    given: int
+    given: tuple[Float[Tensor, "n d"], Float[Tensor, "n d"]]
+
+    @property
+    def count(self) -> int:
+        """How many correspondences were given."""
+        return len(self.given[0])
 
     @property
     def transform(self) -> Dense:
@@ -50,10 +55,13 @@ class Keypoints:
 
     def added(self, fixed: Volume, moving: Volume, points: tuple[Table, Table]) -> "Keypoints":
         """With correspondences more, in the worlds of both images; a ValueError where they do not fit."""
-        given = in_working_frame(correspondences(points, fixed, moving), self.grid, self.start, self.fixed.device)
-        field, dense = self.field.added(given, self.dense[0], self.grid)
+        new = correspondences(points, fixed, moving)
+        given = torch.cat([self.given[0], new[0]]), torch.cat([self.given[1], new[1]])
+        _check_one_place_each(*given)
+        there = in_working_frame(new, self.grid, self.start, self.fixed.device)
+        field, dense = self.field.added(there, self.dense[0], self.grid)
         det = _determinant_again(self.det, self.dense, dense[None], self.grid)
-        return replace(self, field=field, dense=dense[None], det=det, given=self.given + len(given[0]))
+        return replace(self, field=field, dense=dense[None], det=det, given=given)
 
 
 def _points(points: Table) -> Tensor:
@@ -98,11 +106,16 @@ def correspondences(points: Any, fixed: Volume, moving: Volume) -> tuple[Tensor,
         raise ValueError(f"{len(first)} points in fixed_mm and {len(second)} in moving_mm are no pairs.")
     if not len(first):
         raise ValueError("There is no point in fixed_mm and moving_mm.")
-    for place, there in zip(first, second, strict=True):
-        same = (first == place).all(1)
-        if bool((second[same] != there).any()):
-            raise ValueError(f"The point {tuple(place.tolist())} mm of fixed_mm is given two places in moving_mm.")
+    _check_one_place_each(first, second)
     return first, second
+
+
+def _check_one_place_each(fixed: Float[Tensor, "n d"], moving: Float[Tensor, "n d"]) -> None:
+    """A ValueError if one point of the fixed image is given two places in the moving one."""
+    for place, there in zip(fixed, moving, strict=True):
+        same = (fixed == place).all(1)
+        if bool((moving[same] != there).any()):
+            raise ValueError(f"The point {tuple(place.tolist())} mm of fixed_mm is given two places in moving_mm.")
 
 
 def in_working_frame(

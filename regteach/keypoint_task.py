@@ -99,6 +99,8 @@ class KeypointTask:
         patients: for each split, in the place of the recipe's own data.
     """
 
+    calls_forward = False  # the loss looks at the keypoints, the features and the field of every scale
+
     def __init__(self, recipe: KeypointRecipe, patients: dict[str, list[Patient]] | None = None) -> None:
         if recipe.data != "thorax":
             raise ValueError(f"{recipe.name} learns from the thorax, not from {recipe.data!r}.")

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from regteach import regularity
@@ -175,12 +175,12 @@ def multiscale(
     result: Result,
     grid: Grid,
     similarity: str = "ncc",
-    bending: float = 0.0,
+    bending: float | Sequence[float] = 0.0,
     weights: Sequence[float] = (),
     across: bool = True,
     window_vox: int = WINDOW,
 ) -> Terms:
-    """L = sum_k w_l(k) (D_k + lambda R_k) / sum_k w_l(k), over all outputs k: each level's interpolation and its steps.
+    """L = sum_k w_l(k) (D_k + lambda_l(k) R_k) / sum_k w_l(k), over all outputs k: interpolations and steps.
 
     So it is an average, in which a level l counts as often as it has outputs. Both images are averaged down to the grid
     of an output before D compares them there. R is the bending energy of the whole displacement so far, in 1/mm^2, on
@@ -195,12 +195,13 @@ def multiscale(
             ``grid.coarsened(2**l)``), or on that of the images.
         grid: of the images.
         similarity: D, a name of :func:`regteach.similarity.dissimilarity`.
-        bending: lambda, mm^2.
+        bending: lambda, mm^2: one for all levels, or one for each, finest first.
         weights: w of each level, finest first; 1 each where left out.
         across: False lets no gradient pass from an output to the levels above its own (an ablation).
         window_vox: width of the windows of local NCC, voxels of each output's own grid.
     """
     compare = _similarity(similarity, window_vox)
+    stiffness = bending if isinstance(bending, Sequence) else (bending,) * grid.shape[0].bit_length()
     errors, energies, given = [], [], []
     outputs = after_each(result.steps) if across else _each_by_itself(result.steps)
     for found in outputs:
@@ -208,13 +209,15 @@ def multiscale(
         level = (grid.shape[0] // own.shape[0]).bit_length() - 1
         moving, fixed = (averaged(image, 2**level) for image in result.features)
         errors.append(compare(warp(moving, found, own), fixed))
-        if bending:
-            energies.append(regularity.bending_energy(displacement(found, own), own))
+        if stiffness[level]:
+            energies.append(stiffness[level] * regularity.bending_energy(displacement(found, own), own))
+        else:
+            energies.append(torch.zeros_like(errors[-1]))
         given.append(float(weights[level]) if weights else 1.0)
     shares = torch.tensor(given).to(errors[0]) / sum(given)
     # Not as a product of matrices, which mixed precision would round.
     terms = {"image": (torch.stack(errors, -1) * shares).sum(-1)}
-    return terms | ({"bending": bending * (torch.stack(energies, -1) * shares).sum(-1)} if bending else {})
+    return terms | ({"bending": (torch.stack(energies, -1) * shares).sum(-1)} if any(stiffness) else {})
 
 
 def alike(
@@ -234,22 +237,27 @@ def alike(
 
 
 @torch.no_grad()
-def look_exchanged(
+def contrasts_seen(
     encoders: Sequence[nn.Module], moving: Float[Tensor, "b c *grid"], fixed: Float[Tensor, "b c *grid"]
-) -> Bool[Tensor, "b"]:
-    """Whether two contrasts came in the wrong order: the encoders agree better on the images exchanged.
+) -> Int[Tensor, "b 2"]:
+    """Which of two encoders suits the moving, and which the fixed image: those two whose features agree best.
 
     Each encoder draws the same features of the same anatomy in its own contrast, so they agree on two images in the
-    order that they know, also where these are not aligned yet.
+    contrasts that they know, also where these are not aligned yet.
 
     Args:
-        encoders: of the moving and of the fixed contrast; each gives a pyramid of features.
+        encoders: of the first and of the second contrast; each gives a pyramid of features.
         moving: the moving image.
         fixed: the fixed image.
+
+    Returns:
+        Of each pair the numbers of two encoders, 0 or 1: (0, 1) is the order in which the model takes its images,
+        (1, 0) the other way round, and two equal numbers are two images of one contrast.
     """
-    of_moving, of_fixed = encoders
-    apart, exchanged = (alike(of_fixed(b), of_moving(a))["features"] for a, b in ((moving, fixed), (fixed, moving)))
-    return exchanged < apart
+    first, second = ([encoder(image) for encoder in encoders] for image in (moving, fixed))
+    orders = [(0, 1), (1, 0), (0, 0), (1, 1)]
+    apart = torch.stack([alike(second[j], first[i])["features"] for i, j in orders])
+    return torch.tensor(orders, device=apart.device)[apart.argmin(0)]
 
 
 def _each_by_itself(steps: Sequence[Step]) -> tuple[Transform, ...]:

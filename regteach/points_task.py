@@ -101,6 +101,8 @@ class PointsTask:
         pairs: on what; the recipe's own data where left out.
     """
 
+    calls_forward = False  # a kernel has no forward: its field is computed once, and read at any points
+
     def __init__(self, recipe: PointsRecipe, pairs: Sequence[KeypointPair] | None = None) -> None:
         self.recipe = recipe
         if recipe.config.semantics or recipe.config.dim != 3:

@@ -32,7 +32,8 @@ class Recipe:
         config: of the network.
         settings: of the loop.
         augmentation: of the images.
-        bending: weight of the bending energy in training, mm^2.
+        bending: weight of the bending energy in training, mm^2; of a network that is judged at every level also one for
+            each of them, finest first.
         weights: of each level of a network that is judged at every level, finest first; equal where left out. Cortex
             that has been blurred to 16 mm says little of what lies below it: brains are judged by their fine levels.
         window_vox: width of the windows in which local NCC compares images in training, voxels of each level's grid.
@@ -54,7 +55,7 @@ class Recipe:
     config: Config
     settings: Settings
     augmentation: Augmentation = Augmentation()
-    bending: float = 0.0
+    bending: float | tuple[float, ...] = 0.0
     weights: tuple[float, ...] = ()
     window_vox: int = objectives.WINDOW
     coarse_first: tuple[int, ...] = ()
@@ -208,7 +209,7 @@ def _shipped() -> list[Recipe]:
 
 
 def _georeg() -> list[Recipe]:
-    """Learned from the images alone; labels are for measuring."""
+    """Learned from the images alone. Labels of validation people choose the step that is kept, and measure."""
     brain = GeoRegConfig(BRAINS, (8, 16, 32, 64), (0, 3, 3, 3), (2, 3, 3), (0, 1, 2, 2), similarity="local_ncc")
     deep = replace(brain, iterations=(0, 2, 2, 1))
     search = Refinement(20, "greedy", 1.0, coarser=(50, 50), smoothing_vox=(1.732, 0.5), window_vox=5)

@@ -24,14 +24,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from regteach import framing, metrics, objectives, similarity
+from regteach import framing, metrics, objectives, remarks, similarity
 from regteach.affine import Affine
 from regteach.checkpoints import Model, load
 from regteach.correspondences import Keypoints, Table, correspondences, in_working_frame, inside, takes_no_points
 from regteach.data.volumes import Volume, save_displacement, save_volume
 from regteach.framing import Source, as_volume, span
 from regteach.grid import Grid
-from regteach.nets.georeg import GeoReg
 from regteach.nets.keypoint_field import KeypointTransform
 from regteach.nets.keypoint_kernel import KeypointKernel
 from regteach.refinement import Refinement, refine
@@ -107,10 +106,12 @@ class Registration:
             moving_mm: ``n d``, the same places in the moving image.
 
         Returns:
-            A new registration; this one stays as it is.
+            A new registration; this one stays as it is: to correct a point, add it anew to the registration before. Its
+            report has no feature loss, which is of the network's answer.
 
         Raises:
-            ValueError: if the model takes no points, or the points do not fit the images.
+            ValueError: if the model takes no points, the points do not fit the images, or one of them was given another
+                place before.
         """
         begun = time.perf_counter()
         known = self.keypoints
@@ -119,8 +120,9 @@ class Registration:
         known = known.added(self.fixed, self.moving, (fixed_mm, moving_mm))
         mapping = Compose((known.transform, known.start))
         similar = self.report["similarity"] | {"after": _number(similarity.ncc(known.read(mapping), known.fixed))}
-        report = self.report | {"similarity": similar} | _regularity(known.det)
-        report |= {"given_points": known.given, "points_added_in_seconds": round(time.perf_counter() - begun, 3)}
+        report = {key: value for key, value in self.report.items() if key != "feature_loss"}
+        report |= {"similarity": similar} | _regularity(known.det)
+        report |= {"given_points": known.count, "points_added_in_seconds": round(time.perf_counter() - begun, 3)}
         return replace(self, mapping=_moved(mapping, torch.device("cpu")), report=report, keypoints=known)
 
     def save(self, folder: str | PathLike[str], labels: Source | None = None) -> Path:
@@ -210,8 +212,12 @@ def register(
             of steps is negative.
     """
     begun = time.perf_counter()
-    on = _device(device)
-    model = (model if isinstance(model, Model) else load(model)).to(on)
+    on = find_device(device)
+    model = model if isinstance(model, Model) else load(model)
+    home = next(model.network.parameters()).device
+    if home != on or isinstance(model.network, KeypointKernel):
+        # A copy: the caller's stays where it is, and what goes on using a kernel has one that nobody else changes.
+        model = replace(model, network=copy.deepcopy(model.network).to(on))
     own = model.refinement
     settings = own if refine is None else refine if isinstance(refine, Refinement) else replace(own, steps=int(refine))
     pair = {"moving": as_volume(moving, "the moving image"), "fixed": as_volume(fixed, "the fixed image")}
@@ -219,8 +225,6 @@ def register(
     if points is not None and not isinstance(model.network, KeypointKernel):
         raise ValueError(takes_no_points(model.name))
     given = None if points is None else correspondences(points, pair["fixed"], pair["moving"])
-    if isinstance(model.network, KeypointKernel):  # the result goes on using it: a copy, that nobody else changes
-        model = replace(model, network=copy.deepcopy(model.network))
 
     frames = {name: framing.framed(volume) for name, volume in pair.items()}
     grid = framing.working_grid(model.grid, frames["fixed"])
@@ -235,7 +239,8 @@ def register(
     result, curve, taken = _found(model, [images["moving"], images["fixed"]], grid, settings, where)
 
     mapping = Compose((result.transform, start))
-    compare = objectives.at_test_time(model.network, settings.window_vox)
+    compare = objectives.at_test_time(model.network, settings.window_vox, settings.pyramid)
+    still, moved = (_number(compare(result.features, t, grid)) for t in (Identity(grid.dim), result.transform))
     after = readers["moving"](mapping)
     det = jacobian_determinant(result.transform, grid).detach()
     report = {
@@ -246,9 +251,9 @@ def register(
             "after": _number(similarity.ncc(after, images["fixed"])),
         },
         "feature_loss": {
-            "measure": "what refinement makes small, without its sharpening and weights; before: at the start",
-            "before": _number(compare(result.features, Identity(grid.dim), grid)),
-            "after": _number(compare(result.features, result.transform, grid)),
+            "measure": "what refinement makes small, of the features as they are, everywhere; before: at the start",
+            "before": still,
+            "after": moved,
         },
         **_regularity(det),
         "refinement_steps": taken,
@@ -256,7 +261,9 @@ def register(
         "curve": curve,
         "start": f"middles aligned ({far_mm:.1f} mm apart)" if isinstance(start, Affine) else "world coordinates",
         "working_grid": {"shape": grid.shape, "spacing_mm": grid.spacing, "origin_mm": grid.origin},
-        "notes": [note for volume in pair.values() for note in volume.notes] + _order(model, images),
+        "notes": [note for volume in pair.values() for note in volume.notes]
+        + remarks.on_contrasts(model, images["moving"], images["fixed"])
+        + remarks.on_doubts(images["moving"], images["fixed"], still, moved),
         "device": str(on),
         "seconds": round(time.perf_counter() - begun, 3),
         "use": WARNING,
@@ -264,10 +271,11 @@ def register(
     keypoints = None
     last = result.up_to(1)
     if isinstance(last, KeypointTransform):
-        count = 0 if given is None else len(given[0])
-        report |= {"given_points": count} if given is not None else {}
+        none = torch.zeros(0, grid.dim, dtype=torch.float64)
+        told = (none, none) if given is None else given
+        report |= {"given_points": len(told[0])} if given is not None else {}
         dense = displacement(result.transform, grid).detach()
-        keypoints = Keypoints(last.pairs()[0], dense, det, grid, start, images["fixed"], readers["moving"], count)
+        keypoints = Keypoints(last.pairs()[0], dense, det, grid, start, images["fixed"], readers["moving"], told)
     return Registration(_moved(mapping, torch.device("cpu")), pair["fixed"], pair["moving"], report, keypoints)
 
 
@@ -286,7 +294,8 @@ def writable(folder: str | PathLike[str]) -> Path:
     return folder
 
 
-def _device(device: torch.device | str) -> torch.device:
+def find_device(device: torch.device | str) -> torch.device:
+    """A device by name, "auto" for a GPU where there is one; a ValueError if there is no such device."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -366,17 +375,6 @@ def _found(
         with torch.no_grad():
             found = replace(found, transform=Dense(displacement(found.transform, grid), grid))
     return found, [round(float(value), 6) for value in refined.curve[:, 0]], int(refined.stopped[0])
-
-
-def _order(model: Model, images: dict[str, Tensor]) -> list[str]:
-    """Of a model for two contrasts: which image is which, and whether they look exchanged."""
-    if not isinstance(model.network, GeoReg) or model.network.config.encoders == 1:
-        return []
-    moving, fixed = model.network.config.contrasts or ("the first contrast", "the second contrast")
-    told = [f"{model.name} takes {moving} as the moving image and {fixed} as the fixed image."]
-    if bool(objectives.look_exchanged(list(model.network.encoders), images["moving"], images["fixed"])):
-        told.append("These two look exchanged: register them the other way round.")
-    return told
 
 
 def _moved(transform: Any, device: torch.device) -> Any:

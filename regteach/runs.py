@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
-from regteach.checkpoints import AnyConfig, Model, load, save_model
+from regteach.checkpoints import SUFFIX, AnyConfig, Model, load, save_model
 from regteach.cohort_task import CohortTask
 from regteach.keypoint_task import KeypointTask
 from regteach.nets.georeg import GeoRegConfig
@@ -65,21 +65,29 @@ def task_of(config: AnyConfig) -> type[RunTask]:
 def run(recipe: AnyRecipe, folder: Path, progress: Progress | None = None) -> Model:
     """Train a recipe, measure it on test people, and save the checkpoint with its card.
 
+    A run that was interrupted goes on in the same folder. One that was interrupted while it was measured is not trained
+    again; until that next run its weights stay there as ``unmeasured.safetensors``.
+
     Args:
         recipe: what to do.
         folder: of the run; ``NAME.safetensors`` appears in it when the run is complete.
         progress: called after every validation.
+
+    Raises:
+        FileNotFoundError: if the data have to be fetched first.
+        ValueError, FloatingPointError: as :func:`regteach.training.train`.
     """
     task = task_of(recipe.config)(recipe)
     trained = train(task, recipe.settings, folder, progress, of=json.loads(json.dumps(asdict(recipe))))
     model = Model(recipe.name, trained.model, recipe.refinement)
     if not is_main():  # of several processes one measures and writes
         return model
-    save_model(folder / f"{recipe.name}.safetensors", model)
-    # What is measured is what was saved: half-precision weights, read back.
-    stored = load(folder / f"{recipe.name}.safetensors")
+    # What is measured is what ships: half-precision weights, read back. Until then they have another name.
+    unmeasured = save_model(folder / f"unmeasured{SUFFIX}", model)
+    stored = load(unmeasured)
     finished = replace(stored, card=card(recipe, stored, task.figures(stored), trained))
-    save_model(folder / f"{recipe.name}.safetensors", finished)
+    save_model(folder / f"{recipe.name}{SUFFIX}", finished)
+    unmeasured.unlink()
     return finished
 
 
@@ -104,10 +112,24 @@ def line(record: dict[str, float]) -> str:
     return "  ".join(f"{key} {value:.4g}" for key, value in record.items())
 
 
+def earlier_runs(start: str) -> list[dict[str, Any]]:
+    """The runs behind the weights that training starts from, first to last, as the card of these weights has them.
+
+    Args:
+        start: name of a model that ships; "" for a training from nothing, which has none.
+    """
+    if not start:
+        return []
+    before = load(start).card
+    own = ("recipe", "validation", "training_seconds", "hardware", "versions", "date")
+    return [*before.get("earlier_runs", []), {key: before[key] for key in own if key in before}]
+
+
 def card(recipe: AnyRecipe, model: Model, figures: dict[str, Any], trained: Trained) -> dict[str, Any]:
     """What a checkpoint says about itself: a test recomputes ``first_pairs`` of the figures."""
     return {
         "recipe": json.loads(json.dumps(asdict(recipe))),
+        "earlier_runs": earlier_runs(getattr(recipe, "start", "")),
         **figures,
         "validation": trained.best,
         "parameters": count_parameters(model.network),

@@ -6,7 +6,8 @@ This is the only module of the package that calls ``torch.nn.functional.grid_sam
 of one voxel). ``grid_sample`` wants the last axis first; the flip is here and nowhere else.
 
 Precision: float32 rounds a position to 6e-8 of its size, in mm and again between -1 and 1. A voxel centre is met to
-within 1e-6 voxels on small grids near the origin, and about 1e-5 at 160 x 192 x 160 with an origin of -100 mm.
+within 1e-6 voxels on small grids near the origin, and about 1e-5 at 160 x 192 x 160 with an origin of -100 mm. Half
+precision would be off by whole voxels there: its images are read and smoothed in float32, and come back in their own.
 
 Source: Jaderberg et al., Spatial Transformer Networks, NeurIPS 2015, eqs 3 and 5 (resampling, bilinear kernel).
 """
@@ -21,6 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from regteach.grid import Grid, per_axis
+from regteach.precision import exactly
 
 PADDINGS = ("border", "zeros")
 Mapping = Callable[[Tensor], Tensor]  # points "b n d" in fixed mm -> "b n d" in moving mm
@@ -80,7 +82,7 @@ def sample(
         padding: what lies outside: ``"border"`` repeats the outermost voxel, ``"zeros"`` fades to 0 within one voxel.
 
     Returns:
-        The values; nan where a position is nan.
+        The values, in the image's precision; nan where a position is nan.
 
     Raises:
         ValueError: if shapes do not fit, or order or padding is unknown.
@@ -94,22 +96,23 @@ def sample(
         raise ValueError(f"padding is one of {', '.join(PADDINGS)}, not {padding!r}.")
     batch = _common_batch(image, points)
     where = points.shape[1:-1]
+    points, values = at_least_float32(points), at_least_float32(image)
     # One product and sum, scale * x + offset, would be a third faster, and three times less exact at the far end.
     half = torch.tensor(grid.shape, device=points.device, dtype=points.dtype) / 2
     unit = (mm_to_vox(points, grid) + 0.5) / half - 1
-    unit = unit.flip(-1).to(image.dtype).reshape(points.shape[0], -1, *[1] * (grid.dim - 1), grid.dim)
+    unit = unit.flip(-1).to(values.dtype).reshape(points.shape[0], -1, *[1] * (grid.dim - 1), grid.dim)
     # torch would read a voxel at the border there, as if all were well, and its gradient in 2D ends the process.
     nowhere = unit.isnan()
     unit = unit.masked_fill(nowhere, 0)
     mode = "bilinear" if order == 1 else "nearest"  # in 3D torch calls trilinear "bilinear" too
     if batch == 1:
-        out = _grid_sample_in_parts(image, unit, mode, padding)
+        out = _grid_sample_in_parts(values, unit, mode, padding)
     else:
-        image = image.expand(batch, *image.shape[1:])
+        values = values.expand(batch, *values.shape[1:])
         unit = unit.expand(batch, *unit.shape[1:])
-        out = F.grid_sample(image, unit, mode=mode, padding_mode=padding, align_corners=False)
+        out = F.grid_sample(values, unit, mode=mode, padding_mode=padding, align_corners=False)
     out = out.flatten(2).masked_fill(nowhere.any(-1).flatten(1)[:, None], torch.nan)
-    return out.reshape(batch, image.shape[1], *where)
+    return out.reshape(batch, image.shape[1], *where).to(image.dtype)
 
 
 def warp(
@@ -147,6 +150,7 @@ def resample(
     return warp(image, lambda points: points, grid, out_grid, order, padding)
 
 
+@exactly
 def smooth(
     image: Float[Tensor, "b c *grid"], sigma_mm: float | tuple[float, ...], grid: Grid
 ) -> Float[Tensor, "b c *grid"]:
@@ -155,12 +159,13 @@ def smooth(
     The kernel ends at four standard deviations, rounded to whole voxels, as in scipy.ndimage.gaussian_filter.
     """
     check_image(image, grid)
+    out = at_least_float32(image)
     for axis, (sigma, spacing) in enumerate(zip(per_axis(sigma_mm, grid.dim, "sigma_mm"), grid.spacing, strict=True)):
         if sigma < 0:
             raise ValueError(f"A standard deviation can not be negative, but sigma_mm is {sigma_mm}.")
         if sigma > 0:
-            image = _smooth_axis(image, sigma / spacing, axis + 2)
-    return image
+            out = _smooth_axis(out, sigma / spacing, axis + 2)
+    return out.to(image.dtype)
 
 
 def smooth_field(field: Float[Tensor, "b *grid d"], sigma_vox: float, grid: Grid) -> Float[Tensor, "b *grid d"]:
@@ -187,6 +192,11 @@ def gradient(field: Float[Tensor, "b c *grid"], grid: Grid) -> Float[Tensor, "b 
         width[[0, -1]] = spacing
         slopes.append((ahead - behind) / width.reshape(-1, *[1] * (field.ndim - 1 - axis)))
     return torch.stack(slopes, dim=-1)
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Half precision, which has too few digits for positions, as float32; any other as it is."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def check_image(image: Tensor, grid: Grid) -> None:

@@ -3,11 +3,16 @@
 A :class:`Task` knows the model, the loss and the data; the loop knows devices, precision, accumulation, checkpoints.
 Every random number of an item comes from the run's seed and the item's own number, never from what was drawn before,
 and what a model draws itself (dropout) from the first item of its batch: so a run that was killed and started again
-gives the same weights as one that was not, and two processes that share a batch compute one process's gradients. (Equal
-to the last bit on the same machine with the same number of processes.)
+gives the same weights as one that was not, and two processes that share a batch compute one process's gradients.
 
-On several GPUs or machines: ``accelerate launch -m regteach train RECIPE``. Only the main process reads and writes the
-folder, so machines need not share a disk. This is the only module that imports accelerate.
+How exactly: on the CPUs of one machine, with as many threads and processes, a run that was started again gives the same
+weights to the last bit. On CUDA it does not, as no two runs there do: some sums are added up in no fixed order
+(``index_add``, ``scatter_add``, the gradients of ``grid_sample`` and of pooling in 3D), and what begins as rounding
+grows with the steps. The gradients of one process and of two are the same but for rounding.
+
+On several GPUs or machines: ``accelerate launch -m regteach train RECIPE``, for a loss that calls the model as a whole
+(:attr:`Task.calls_forward`): this call is where gradients get shared, and where bf16 applies. Only the main process
+reads and writes the folder, so machines need not share a disk. This is the only module that imports accelerate.
 """
 
 import json
@@ -44,7 +49,7 @@ class Settings:
         weight_decay: of AdamW.
         clip: largest norm of the gradient; 0 for any.
         accumulate: parts in which a batch is computed, one after the other: less memory, the same gradient.
-        precision: "no" for float32, "bf16" for mixed precision.
+        precision: "no" for float32, "bf16" for mixed precision; see :attr:`Task.calls_forward`.
         validate_every: steps between validations; the best weights so far are kept.
         seed: of the weights' start and of every item.
     """
@@ -82,6 +87,13 @@ class Settings:
 
 class Task(Protocol):
     """What is trained on what."""
+
+    calls_forward: bool
+    """Whether the loss computes the network by calling it as a whole, ``model(...)``; no, where a task does not say.
+
+    Accelerate wraps that call alone: in it processes arrange to share gradients, and mixed precision applies. A loss
+    that calls other methods of the model would miss both, so it is trained in one process and with precision "no".
+    """
 
     def build(self) -> nn.Module:
         """The untrained model, on the CPU; the loop has set torch's seed."""
@@ -139,7 +151,8 @@ def train(
 
     Raises:
         ValueError: if the folder holds a run with other settings or of another model, or a state that can not be read;
-            if a batch can not be shared out among the processes.
+            if a batch can not be shared out among the processes; if there are several of them, or mixed precision, and
+            the task does not call the model as a whole.
         FloatingPointError: if the loss, its gradient or the weights are no longer finite; what was saved stays.
     """
     from accelerate import Accelerator  # 2 s to import, and only needed here
@@ -155,6 +168,11 @@ def train(
     share = settings.batch // settings.accumulate
     if world != int(os.environ.get("WORLD_SIZE", world)):
         raise ValueError("Several processes were started, but each trains alone: on CPUs, set ACCELERATE_USE_CPU=1.")
+    if not getattr(task, "calls_forward", False) and (world > 1 or settings.precision != "no"):
+        raise ValueError(
+            f"The loss of {type(task).__name__} does not call the network as a whole, so it trains in one process and "
+            f"with precision 'no', not in {world} with precision {settings.precision!r}."
+        )
     if share % world:
         raise ValueError(f"{share} items at a time can not be shared out equally among {world} processes.")
     torch.manual_seed(settings.seed)

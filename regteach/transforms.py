@@ -19,6 +19,7 @@ from torch import Tensor
 
 from regteach import bspline
 from regteach.grid import Grid
+from regteach.precision import exactly
 from regteach.sampling import flat_points, gradient, sample
 
 
@@ -231,6 +232,7 @@ class Compose(Transform):
             points = transform(points)
         return points
 
+    @exactly
     def jacobian(self, points: Tensor) -> Tensor:
         """The chain rule: product of the Jacobians, each where its transform is applied."""
         total = Identity(points.shape[-1]).jacobian(points)
@@ -249,6 +251,7 @@ class Compose(Transform):
             moved = transform(moved)
         return (moved - points).unflatten(1, grid.shape)
 
+    @exactly
     def jacobian_on(self, grid: Grid, like: Tensor | None = None) -> Float[Tensor, "b *grid d d"]:
         """The chain rule, with the first transform in its own fast way."""
         if not self.transforms:

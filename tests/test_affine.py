@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 from truths.fields import one_sentence
 
-from regteach.affine import AffineBounds, AffineParts, rotation_matrix
+from regteach.affine import Affine, AffineBounds, AffineParts, rotation_matrix
 
 ANGLES = {2: 1, 3: 3}
 
@@ -240,3 +240,11 @@ def test_bad_input_gets_one_sentence(call, said):
     with pytest.raises(ValueError) as caught:
         call()
     assert one_sentence(caught.value, said)
+
+
+def test_an_inverse_keeps_float32_under_autocast() -> None:
+    torch.manual_seed(0)
+    transform = Affine(torch.eye(3)[None] + 0.1 * torch.randn(1, 3, 3), 20 * torch.randn(1, 3), torch.zeros(3))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = transform.inverse()
+    torch.testing.assert_close(found.translation, transform.inverse().translation, atol=1e-4, rtol=0)

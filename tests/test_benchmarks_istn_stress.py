@@ -1,6 +1,7 @@
 """ISTN under stress: changed images with a known answer, nested training sets, what is said, and whole quick runs."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,15 @@ from truths.fields import one_sentence
 
 from benchmarks import changes, istn_stress, networks
 from benchmarks.changes import NONE, Scene
+from regteach import objectives
 from regteach.affine import Affine
 from regteach.data.cohort import Cohort
 from regteach.data.trees import Trees, generate_trees
 from regteach.grid import Grid
+from regteach.refinement import Refinement, refine
+from regteach.result import Result, assemble, dense_step
 from regteach.sampling import grid_points
-from regteach.transforms import Identity
+from regteach.transforms import Identity, Transform
 
 CPU = torch.device("cpu")
 NUMBERS: dict[str, Any] = {"train": 6, "validation": 2, "test": 3, "size": 64}
@@ -163,10 +167,129 @@ def test_drift_counts_pairs_that_fall() -> None:
     falls = [0.8 - (0.02 * (k - at_50) if k > at_50 else 0.0) for k in range(steps)]
     early = [0.9, *[0.8] * (steps - 1)]  # falls, but before step 50
     curves = {"dice": [list(row) for row in zip(rises, falls, early, strict=True)], "loss": [[1.0] * 3] * steps}
-    found = istn_stress.drift(curves)
+    found = istn_stress.drift(curves, istn_stress.LOOK)
     assert (found["pairs"], found["fell_from_best"], found["fell_after_50"]) == (3, 2, 1)
+    later = istn_stress.drift(curves, istn_stress.LOOK, usual=istn_stress.LOOK[at_50 + 1])
+    assert later["fell_after_75"] == 1
+    assert istn_stress.drift(curves, istn_stress.LOOK, usual=istn_stress.LOOK[-1])["fell_after_500"] == 0
+    assert istn_stress.drift(curves, istn_stress.LOOK, usual=0)["fell_after_0"] == 2
     assert found["curves"]["dice"][0] == pytest.approx((0.5 + 0.8 + 0.9) / 3)
     assert found["steps"] == list(istn_stress.LOOK)
+
+
+# ---- a refinement that is followed ----
+
+GRID = Grid((16, 20, 12), (1.0, 1.0, 1.5))
+NOBODY: Any = None  # a greedy search asks no network
+LEVELS = Refinement(6, "greedy", 0.4, coarser=(2, 3), smoothing_vox=(1.0, 0.0))
+
+
+@pytest.fixture(scope="module")
+def one_pass() -> Result:
+    """A ball, and the same elsewhere, after a one pass that bends from voxel to voxel."""
+    points = grid_points(GRID)
+    balls = [
+        torch.sigmoid(4.5 - (points - torch.tensor(GRID.centre) - torch.tensor(shift)).norm(dim=-1))[None, None]
+        for shift in ((1.5, 0.0, 0.0), (-1.0, 1.0, 0.0))
+    ]
+    bent = 0.5 * torch.randn(1, *GRID.shape, 3, generator=torch.Generator().manual_seed(0))
+    step = dense_step(bent, GRID)
+    return Result(assemble((step,)), (balls[0], balls[1]), (step,))
+
+
+def loss_and_place(result: Result) -> istn_stress.Watched:
+    """The loss of the maps as they are, and where the middle of the grid goes, mm along the first axis."""
+
+    @torch.no_grad()
+    def measure(transform: Transform) -> dict[str, torch.Tensor]:
+        middle = transform(torch.tensor([[GRID.centre]]))[:, 0, 0]
+        return {"loss": objectives.refinement(result.features, transform, GRID), "place": middle}
+
+    return measure
+
+
+def follow(result: Result, settings: Refinement) -> tuple[list[int], istn_stress.Rows]:
+    return istn_stress.followed(NOBODY, result, GRID, settings, loss_and_place(result), curve="descended")
+
+
+def test_steps_are_counted_through_the_levels() -> None:
+    assert istn_stress.level_starts(LEVELS) == [0, 2, 5]
+    assert istn_stress.steps_to_look_at(LEVELS) == [0, 1, 2, 3, 4, 5, 6, 7, 10, 11]
+    flat = Refinement(500)
+    assert istn_stress.level_starts(flat) == [0]
+    assert istn_stress.steps_to_look_at(flat) == list(istn_stress.LOOK)
+    assert istn_stress.steps_to_look_at(replace(flat, steps=4)) == [0, 1, 2, 4]
+
+
+def test_the_losses_of_a_followed_search_are_those_of_its_steps(one_pass: Result) -> None:
+    steps, rows = follow(one_pass, LEVELS)
+    assert steps == istn_stress.steps_to_look_at(LEVELS)
+    assert {len(values) for values in rows.values()} == {len(steps)}
+    both = torch.tensor([rows["loss"], rows["descended"]])[..., 0]
+    # On the finest level, and there alone, the search descends the loss of the maps as they are.
+    finest = torch.tensor(steps) >= 5
+    assert torch.allclose(both[0, finest], both[1, finest], atol=1e-6)
+    assert (both[0] - both[1])[~finest].abs().min() > 1e-3
+    assert both[0, -1] < 0.1 * both[0, 0]
+
+
+def test_a_followed_search_begins_at_the_one_pass_and_goes_on_from_the_best_of_a_level(one_pass: Result) -> None:
+    wild = replace(LEVELS, rate=3.0)  # so far that the last step of a level is not its best
+    calls: list[tuple[int, Transform]] = []
+    refine(NOBODY, one_pass, GRID, wild, watch=lambda step, transform: calls.append((step, transform)))
+    measure = loss_and_place(one_pass)
+    seen = [(step, measure(transform)["place"].item()) for step, transform in calls]
+    steps, rows = follow(one_pass, wild)
+    place = dict(zip(steps, (value for (value,) in rows["place"]), strict=True))
+    for start in (2, 5):
+        ended, goes_on = (value for step, value in seen if step == start)
+        assert place[start] == pytest.approx(goes_on)
+        assert abs(ended - goes_on) > 0.1
+    assert place[0] == pytest.approx(measure(one_pass.transform)["place"].item())
+    assert abs(place[0] - seen[0][1]) > 0.01  # on the coarsest grid it is averaged
+    assert place[11] == pytest.approx(seen[-1][1])
+
+
+def test_a_followed_search_neither_stops_nor_begins_again(one_pass: Result) -> None:
+    once = follow(one_pass, LEVELS)
+    assert follow(one_pass, replace(LEVELS, restart=True)) == once
+    hasty = replace(LEVELS, patience=1, tolerance=0.5)
+    assert len(refine(NOBODY, one_pass, GRID, hasty).curve) < 2 + 3 + 6 + 3
+    assert follow(one_pass, hasty) == once
+
+
+def test_the_shipped_search_is_followed_as_it_ships() -> None:
+    short = Refinement(10, "greedy", 0.5, sharpen=16.0, coarser=(5, 8), smoothing_vox=(0.7, 0.0))
+    (greedy, usual), (points, fifty), (weights, _) = istn_stress.long_ways(short, 300)
+    assert replace(greedy, steps=short.steps) == short
+    assert (greedy.steps, usual) == (300, 23)
+    assert usual in istn_stress.steps_to_look_at(greedy)  # where it would end
+    assert (points.mode, points.steps, points.rate, fifty) == ("parameters", 300, Refinement().rate, 50)
+    assert (weights.mode, weights.steps) == ("weights", 100)
+
+
+def test_in_the_circle_everybody_is_fixed_once(cohort: Cohort) -> None:
+    many = replace(cohort, splits={"train": (0,), "test": (1, 2, 3, 4, 5)})
+    pairs = istn_stress.circle(many, 9)
+    for side in (0, 1):
+        assert sorted(pair[side] for pair in pairs) == [1, 2, 3, 4, 5]
+    assert all(moving != fixed for moving, fixed in pairs)
+    assert istn_stress.circle(many, 3) == pairs[:3]
+
+
+def test_the_table_of_pairs_counts_who_fell_and_who_rose() -> None:
+    dice = [[0.5, 0.8, 0.795], [0.5, 0.8, 0.78], [0.5, 0.8, 0.85], [0.5, 0.8, 0.83]]  # a pair each
+    each = {
+        key: dice if key == "dice" else [[0.1] * 3] * 4 for key in ("dice", "loss", "descended", "folding", "sdlogj")
+    }
+    curves = {key: [list(row) for row in zip(*lines, strict=True)] for key, lines in each.items()}
+    record = {"mode": "greedy", "each": each} | istn_stress.drift(curves, [0, 23, 513], 23)
+    table = istn_stress.long_pairs_table([record, {"change": "x"}])
+    assert [row[1:4] for row in table.rows] == [
+        ("one pass", "0", "0.500"), ("usual", "23", "0.800"), ("end", "513", "0.814"),
+    ]  # fmt: skip
+    assert "Dice fell by 0.01 or more in 1 of 4 pairs and rose so in 2: by -0.020 to +0.050" in table.notes[0]
+    assert record["fell_after_23"] == 1
 
 
 def test_the_alarm_counts_what_it_finds() -> None:
@@ -208,7 +331,7 @@ def test_all_parts_but_the_real_ones(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_changes_and_the_shipped_model(tmp_path: Path) -> None:
-    few = ("--sizes", "2", "--seeds", "0", "--long", "2", "--pairs", "1", "--followed", "1", "1")
+    few = ("--sizes", "2", "--seeds", "0", "--long", "2", "--pairs", "1", "--followed", "1", "2")
     record, _ = run(tmp_path, *few, "--parts", "structures", "unlike", "hippocampus")
     titles = [table["title"] for table in record["tables"]]
     assert [t.split(":")[0] for t in titles[:2]] == ["Trees", "Trees"]
@@ -219,6 +342,19 @@ def test_changes_and_the_shipped_model(tmp_path: Path) -> None:
     assert len(before["each_loss"]) == before["pairs"] == 2
     changed = [r["change"] for r in record["records"] if r["part"] == "hippocampus" and r.get("way") == "refined"]
     assert changed == [NONE, *(f"{name}, moving" for name in changes.REAL), *changes.UNLIKE]
+    assert titles[3].startswith("istn-hippocampus: long refinements, 2 test pairs")
+    followed = [r for r in record["records"] if "each" in r]
+    assert [(r["mode"], r["finest"], r["steps"][-1]) for r in followed] == [
+        ("greedy", 13, 15), ("parameters", 0, 2), ("weights", 0, 2),
+    ]  # fmt: skip
+    quick, _ = istn_stress.shipped(istn_stress.Options(quick=True))
+    strangers = {quick.people[i] for i in quick.splits["test"]}
+    for r in followed:
+        assert {fixed for _, fixed in r["people"]} == strangers
+        for key, lines in r["each"].items():
+            assert [len(line) for line in lines] == [len(r["steps"])] * 2
+            means = [sum(values) / 2 for values in zip(*lines, strict=True)]
+            assert means == pytest.approx(r["curves"][key], rel=1e-3, abs=1e-6)
 
 
 def test_without_data_the_trees_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

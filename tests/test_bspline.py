@@ -306,3 +306,15 @@ def test_the_dtype_stays(grid, dtype):
     assert evaluate(coefficients, ctrl, points_inside(grid, 3, dtype=dtype)).dtype == dtype
     assert evaluate_grid(coefficients, ctrl, grid).dtype == dtype
     assert fit(evaluate_grid(coefficients, ctrl, grid), grid, ctrl).dtype == dtype
+
+
+def test_a_fit_keeps_float32_under_autocast() -> None:
+    grid = Grid((12, 10))
+    ctrl = control_grid(grid, 4.0)
+    torch.manual_seed(0)
+    values = 20 * torch.randn(1, *grid.shape, 2)
+    expected = fit(values, grid, ctrl)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = fit(values, grid, ctrl)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)

@@ -10,11 +10,12 @@ from types import SimpleNamespace
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 from truths import pairs
 from truths.pairs import FIXED, MOVING, Motion, affine_of, untrained, write
 
 import regteach
-from regteach import checkpoints, cli, recipes
+from regteach import checkpoints, cli, recipes, registration, runs
 from regteach.affine import AffineBounds
 from regteach.bootstrap import ROOT
 from regteach.checkpoints import load, save_model
@@ -260,6 +261,16 @@ def test_register_refuses_in_one_sentence_and_writes_nothing(kind: str, files: P
     assert sorted(files.rglob("*")) == before
 
 
+@pytest.mark.parametrize("kind", ["labels on another grid", "labels that are none", "no such labels"])
+def test_labels_that_can_not_be_warped_are_refused_before_the_work(
+    kind: str, files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line, said = bad_lines(files)[kind]
+    monkeypatch.setattr(registration, "register", lambda *_: pytest.fail("it was registered"))
+    assert cli.main(line) == 2
+    assert said in capsys.readouterr().err
+
+
 def test_register_as_its_own_process_ends_with_2_and_without_a_traceback(files: Path) -> None:
     line = [
         sys.executable,
@@ -318,6 +329,19 @@ def test_train_writes_a_checkpoint_that_evaluate_measures(tiny: Recipe, tmp_path
     capsys.readouterr()
     assert cli.main(["evaluate"]) == 0
     assert capsys.readouterr().out == "No weights ship with this version.\n"
+
+
+def test_evaluate_measures_on_the_device_that_it_is_told(
+    files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen = []
+    monkeypatch.setattr(runs, "evaluate", lambda model, *_: seen.append(next(model.network.parameters()).device) or {})
+    for option in ("--device meta", "--device cpu", ""):
+        assert cli.main(["evaluate", "model.safetensors", *option.split()]) == 0
+    auto = "cuda" if torch.cuda.is_available() else "cpu"
+    assert [device.type for device in seen] == ["meta", "cpu", auto]
+    assert cli.main(["evaluate", "model.safetensors", "--device", "abacus"]) == 2
+    assert "no device 'abacus'" in capsys.readouterr().err
 
 
 def test_train_takes_steps_seed_and_folder(tiny: Recipe, tmp_path: Path) -> None:

@@ -5,27 +5,41 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from truths.fields import one_sentence
 
-from regteach import objectives
+from regteach import cohort_task, objectives
 from regteach.checkpoints import Model, network
 from regteach.cohort_task import CohortTask, start_from
 from regteach.data.augment import Augmentation
 from regteach.data.cohort import Cohort
+from regteach.evaluation import PairFigures
 from regteach.grid import Grid
 from regteach.nets.georeg import GeoReg, GeoRegConfig
 from regteach.nets.istn import AffineStage, ISTNConfig
 from regteach.nets.voxelmorph import VoxelMorphConfig
 from regteach.recipes import Recipe, find_recipe
+from regteach.refinement import Refinement
 from regteach.regularity import bending_energy
 from regteach.result import after_each
 from regteach.sampling import warp
 from regteach.similarity import dissimilarity, local_ncc, ncc
 from regteach.training import Settings
-from regteach.transforms import Dense
+from regteach.transforms import Dense, Identity
 
 MAPS = ISTNConfig(Grid((16, 16)), (AffineStage(widths=(4, 8), hidden=8),), itn=(4, 8))
 SMALL = GeoRegConfig(Grid((16, 16)), (4, 8, 8), (0, 3, 3), (3, 3))
+
+
+class Shell(nn.Module):
+    """What a network looks like to a task in several processes: it can be called, and has no methods of its own."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *given: Any) -> Any:
+        return self.module(*given)
 
 
 def shaken(config: GeoRegConfig) -> GeoReg:
@@ -225,6 +239,52 @@ def test_nobody_to_train_on_is_said_as_that() -> None:
             CohortTask(recipe, replace(cohort, splits=splits))
 
 
+@pytest.mark.parametrize(
+    ("config", "changes"),
+    [
+        (MAPS, {"variant": "explicit"}),
+        (SMALL, {}),
+        (SMALL, {"coarse_first": (1,)}),
+        (replace(SMALL, encoders=2), {"imitate": True}),
+        (VoxelMorphConfig(Grid((16, 16)), widths=(4, 8)), {}),
+    ],
+    ids=["istn", "georeg", "coarse first", "imitates", "voxelmorph"],
+)
+def test_the_loss_calls_the_network_as_a_whole_as_it_says(config: Any, changes: dict[str, Any]) -> None:
+    recipe = Recipe("whole", "noise", "unsupervised", config, Settings(steps=2, batch=2))
+    task = CohortTask(replace(recipe, **changes), in_two_contrasts() if "imitate" in changes else noise())
+    assert task.calls_forward
+    net = task.build().train()
+    bare, wrapped = (task.loss(one, (0, 1), torch.device("cpu")) for one in (net, Shell(net)))
+    assert bare.keys() == wrapped.keys()
+    assert all(torch.equal(value, wrapped[name]) for name, value in bare.items())
+
+
+def test_a_model_is_measured_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, five = noise(), [0, 1, 2, 3, 0]
+    splits = {"train": (0, 1), "validation": (2,), "test": (3, 4)}
+    of_five = {"images": plain.images[five], "soi": plain.soi[five], "labels": plain.labels[five]}
+    cohort = replace(plain, **of_five, people=tuple("abcde"), splits=splits)
+    seen: list[tuple[str, Refinement | None]] = []
+
+    def measured(
+        net: Any, cohort: Cohort, pairs: Any, device: Any = "cpu", refinement: Refinement | None = None
+    ) -> tuple[dict[str, float], list[PairFigures]]:
+        seen.append((str(device), refinement))
+        return {"dice": 0.5, "folding_percent": 0.0}, [PairFigures(0.5, 0.0, Identity(2))] * len(pairs)
+
+    monkeypatch.setattr(cohort_task, "measure", measured)
+    monkeypatch.setattr(cohort_task, "load_cohort", lambda name: cohort)
+    recipe = Recipe("there", "noise", "explicit", MAPS, Settings(steps=2, batch=2))
+    card, refinement = {"recipe": {"data": "noise"}}, Refinement(3)
+    for device in ("meta", "cpu"):
+        model = Model("there", network(MAPS), refinement, card).to(device)
+        for measure in (CohortTask(recipe, cohort).figures, CohortTask.evaluate, CohortTask.first_pairs):
+            seen.clear()
+            measure(model)
+            assert seen == [(device, None), (device, refinement)]
+
+
 def test_levels_too_small_to_bend_are_said_before_training() -> None:
     config = replace(SMALL, widths=(4, 8, 8, 8), windows=(0, 3, 3, 3), parents=(3, 3, 3))  # 16, 8, 4, 2 voxels
     recipe = Recipe("bent", "noise", "unsupervised", config, Settings(steps=2, batch=2), bending=1.0)
@@ -251,10 +311,26 @@ def test_the_loss_over_levels_is_the_average_that_it_says(similarity: str) -> No
         bendings.append(bending_energy(found.displacement, found.grid))
         shares.append(weights[[1, 2, 4].index(factor)])
     assert sorted(shares, reverse=True) == [1.0] * 2 + [0.5] * 4 + [0.2] * 2  # the coarsest inherits nothing
-    terms = objectives.multiscale(result, grid, similarity, 3.0, weights)
-    for key, values, factor in (("image", images, 1.0), ("bending", bendings, 3.0)):
-        expected = factor * sum(w * value for w, value in zip(shares, values, strict=True)) / sum(shares)
-        torch.testing.assert_close(terms[key], expected)
+    stiff = [{1.0: 0.5, 0.5: 0.0, 0.2: 30.0}[share] for share in shares]
+    for bending, factors in ((3.0, [3.0] * len(shares)), ((0.5, 0.0, 30.0), stiff)):
+        terms = objectives.multiscale(result, grid, similarity, bending, weights)
+        for key, values in (("image", images), ("bending", [k * r for k, r in zip(factors, bendings, strict=True)])):
+            expected = sum(w * value for w, value in zip(shares, values, strict=True)) / sum(shares)
+            torch.testing.assert_close(terms[key], expected)
+    assert "bending" not in objectives.multiscale(result, grid, similarity, (0.0, 0.0, 0.0), weights)
+
+
+@pytest.mark.parametrize(
+    ("config", "bending", "says"),
+    [(SMALL, (1.0, 2.0), "one, or one for each of its 3 levels"), (MAPS, (1.0, 2.0, 3.0), "it takes one.")],
+)
+def test_weights_of_the_bending_are_one_or_those_of_the_levels(config: Any, bending: Any, says: str) -> None:
+    variant = "explicit" if config is MAPS else "unsupervised"
+    recipe = Recipe("bent", "noise", variant, config, Settings(steps=2, batch=2))
+    CohortTask(replace(recipe, bending=1.0), noise())
+    with pytest.raises(ValueError, match="weights of the bending energy") as error:
+        CohortTask(replace(recipe, bending=bending), noise())
+    assert one_sentence(error.value, says)
 
 
 # ---- parts that rest ----

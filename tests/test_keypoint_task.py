@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from truths.fields import one_sentence
 
 from regteach import keypoint_task, runs
@@ -46,6 +47,16 @@ def test_a_whole_run_has_a_card_whose_figures_come_out_again(tmp_path: Path) -> 
     with pytest.raises(ValueError) as caught:
         runs.evaluate(model, 0)
     assert one_sentence(caught.value)
+
+
+def test_what_bypasses_forward_says_so_and_takes_no_mixed_precision(tmp_path: Path) -> None:
+    task = KeypointTask(TINY)
+    with pytest.raises(AttributeError):
+        task.loss(nn.Sequential(task.build()), [3], torch.device("cpu"))
+    with pytest.raises(ValueError, match="KeypointTask does not call the network as a whole") as caught:
+        runs.run(replace(TINY, settings=replace(TINY.settings, precision="bf16")), tmp_path / "run")
+    assert one_sentence(caught.value, "'bf16'")
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_item_is_the_same_whenever_it_is_drawn() -> None:

@@ -307,6 +307,37 @@ def test_soft_argmin_between_and_at_its_ends():
     assert wide[0] == pytest.approx(np.sqrt(7.0))  # an axis has a variance of step^2 (13^2 - 1) / 12 = 3.5
 
 
+def test_soft_argmin_keeps_its_digits_in_mixed_precision():
+    window = kp.search_window(Grid((5, 5, 5)), 24.0, 3.0)
+    cost = (window - torch.tensor([13.3, -17.6, 20.2])).square().sum(-1)[None].requires_grad_()
+    displacement, spread = kp.soft_argmin(cost, window, 9.0)
+    expected = torch.autograd.grad(displacement.sum(), cost)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed, wide = kp.soft_argmin(cost, window, 9.0)
+    assert mixed.dtype == wide.dtype == torch.float32
+    assert torch.equal(mixed, displacement)
+    assert torch.equal(wide, spread)
+    assert torch.equal(torch.autograd.grad(mixed.sum(), cost)[0], expected)
+    half = cost.detach().bfloat16()  # costs may be rounded, candidates and their mean are not
+    found, wide = kp.soft_argmin(half, window, 9.0)
+    assert found.dtype == wide.dtype == torch.float32
+    assert torch.equal(found, kp.soft_argmin(half.float(), window, 9.0)[0])
+
+
+@pytest.mark.parametrize("method", ["plain", "mean_field", "tree"])
+def test_matches_are_the_same_in_mixed_precision(method):
+    grid = LARGE[3]
+    fixed, moving = pair(grid, lambda points: torch.tensor([1.4, -2.1, 2.6]).expand_as(points))
+    points = kp.foerstner(fixed, grid, 20)
+    search = kp.Search(5.0, 1.0, method=method)
+    expected = kp.match(fixed, moving, grid, grid, points, search)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(kp.foerstner(fixed, grid, 20), points)
+        found = kp.match(fixed, moving, grid, grid, points, search)
+    assert found.moving_mm.dtype == torch.float32
+    torch.testing.assert_close(found.moving_mm, expected.moving_mm, atol=1e-3, rtol=0)
+
+
 # Agreement
 
 

@@ -154,6 +154,16 @@ def test_a_run_ends_in_a_checkpoint_whose_card_is_true(listed: None, tmp_path: P
     assert (tmp_path / "validation.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_what_bypasses_forward_says_so_and_takes_no_mixed_precision(listed: None, tmp_path: Path) -> None:
+    task = PointsTask(TINY, PAIRS)
+    with pytest.raises(AttributeError):
+        task.loss(nn.Sequential(task.build()), [3], CPU)
+    with pytest.raises(ValueError, match="PointsTask does not call the network as a whole") as caught:
+        runs.run(replace(TINY, settings=replace(TINY.settings, precision="bf16")), tmp_path / "run")
+    assert one_sentence(caught.value, "'bf16'")
+    assert not (tmp_path / "run").exists()
+
+
 def test_train_and_evaluate_on_the_command_line(
     listed: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

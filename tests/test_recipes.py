@@ -395,6 +395,32 @@ def test_a_run_ends_in_a_checkpoint_whose_card_is_true(listed: None, flat: Cohor
     assert set(runs.evaluate(stored, steps=0)) == {"before", "one pass"}
 
 
+def test_a_run_that_was_interrupted_while_it_was_measured_is_measured_again_and_not_trained_again(
+    listed: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, folder = recipe_for(FLAT, "implicit", refinement=Refinement(steps=3)), tmp_path / "stopped"
+    straight = runs.run(recipe, tmp_path / "straight")
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CohortTask, "figures", stop)
+        with pytest.raises(KeyboardInterrupt):
+            runs.run(recipe, folder)
+    assert [path.name for path in folder.glob("*.safetensors")] == ["unmeasured.safetensors"]
+    monkeypatch.setattr(CohortTask, "loss", stop)
+    runs.run(recipe, folder)
+    assert [path.name for path in folder.glob("*.safetensors")] == ["tiny.safetensors"]
+    stored = runs.load(folder / "tiny.safetensors")
+    clock = {"refined_seconds_per_pair", "training_seconds", "date"}
+    one, other = ({k: v for k, v in card.items() if k not in clock} for card in (stored.card, straight.card))
+    assert one == json.loads(json.dumps(other))
+    assert one["dice"]["refined"] > 0
+    weights = straight.network.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in stored.network.state_dict().items())
+
+
 def test_every_recipe_can_be_built() -> None:
     assert RECIPES
     for name, recipe in RECIPES.items():
@@ -403,7 +429,7 @@ def test_every_recipe_can_be_built() -> None:
         if isinstance(recipe, Recipe):
             assert recipe.data in named.COHORTS
             assert recipe.variant in objectives.ISTN
-        assert type(recipe.config) in runs.TASKS
+        assert recipe.settings.precision == "no" or runs.TASKS[type(recipe.config)].calls_forward
         assert isinstance(network(recipe.config), nn.Module)
 
 

@@ -470,6 +470,21 @@ def test_a_fall_counts_from_the_tolerance_on_also_below_zero():
         assert early.stopped.item() < stopped
 
 
+def test_a_first_loss_of_nan_is_no_reason_to_stop():
+    """Whatever number follows is a fall; what never becomes a number stops."""
+    grid = GRIDS[2]
+    moving, fixed = three_pairs(grid)
+    model = network(grid, AFFINE)
+    columns = [math.nan, 5.0, 4, 3, 2, 1], [math.nan] * 6, [math.nan, math.nan, 5, 5, 5, 5]
+    for tolerance in (0.0, 1e-3):
+        script = [list(row) for row in zip(*columns, strict=True)]
+        settings = Refinement(steps=5, patience=3, tolerance=tolerance)
+        refined = refine(model, model(moving, fixed, grid), grid, settings, scripted(script))
+        assert refined.stopped.tolist() == [5, 3, 5]
+        assert refined.loss.tolist() == [1, math.inf, 5]
+        assert refined.curve[:, 0].tolist() == [math.inf, 5, 4, 3, 2, 1]
+
+
 def test_without_patience_nothing_stops():
     grid = GRIDS[2]
     moving, fixed = (image[:1] for image in three_pairs(grid))

@@ -16,7 +16,7 @@ from truths.fields import one_sentence, positions
 from truths.pairs import FIXED, MOVING, NETS, Motion, affine_of, error_mm, untrained, write
 
 import regteach
-from regteach import registration
+from regteach import registration, remarks
 from regteach.checkpoints import Model, save_model
 from regteach.data.volumes import Volume, read_volume
 from regteach.grid import Grid
@@ -158,6 +158,39 @@ def test_the_similarity_of_the_report_rises_and_the_curve_falls(found) -> None:
     assert len(report["curve"]) == 61
     assert report["folding_percent"] == 0
     assert 0 < report["sdlogj"] < 0.3
+
+
+@pytest.mark.parametrize("pyramid", [1, 2, 4])
+def test_the_feature_loss_is_what_refinement_makes_small(pyramid: int) -> None:
+    """At as many resolutions as the refinement compares."""
+    motion = Motion.of(2)
+    pair = [(image, grid) for image, grid in zip(pairs.pair(2, motion), (MOVING[2], FIXED[2]), strict=True)]
+    report = register(*pair, MODELS[2], refine=Refinement(5, rate=0.05, pyramid=pyramid)).report
+    assert report["feature_loss"]["before"] == pytest.approx(report["curve"][0], abs=1e-5)
+    assert report["feature_loss"]["after"] == pytest.approx(min(report["curve"]), abs=1e-5)
+
+
+def test_a_model_stays_on_the_device_of_its_owner(found) -> None:
+    """Where an image can not follow, here to a device without memory, nothing has happened to the model."""
+    folder, model = found[2], MODELS[found[0].fixed.grid.dim]
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        register(folder / "moving.nii.gz", folder / "fixed.nii.gz", model, device="meta")
+    assert {p.device.type for p in model.network.parameters()} == {"cpu"}
+
+
+def test_the_same_image_twice_is_remarked_on(found) -> None:
+    image, model = (pairs.blobs(positions(FIXED[2])), FIXED[2]), MODELS[2]
+    assert any("are the same" in note for note in register(image, image, model).report["notes"])
+    assert found[0].report["notes"] == []
+
+
+def test_features_that_agree_less_are_remarked_on() -> None:
+    moving, fixed = torch.rand(2, 1, 1, 8, 8)
+    assert remarks.on_doubts(moving, fixed, 0.5, 0.4) == []
+    assert remarks.on_doubts(moving, fixed, 0.5, 0.5 + 1e-5) == []
+    assert remarks.on_doubts(moving, fixed, None, None) == []
+    (told,) = remarks.on_doubts(moving, fixed, 0.4, 0.5)
+    assert "agree less" in told
 
 
 def test_the_same_call_gives_the_same_numbers(found) -> None:

@@ -70,11 +70,11 @@ def test_a_model_for_two_contrasts_says_which_is_which_and_whether_they_look_exc
     positive, negative = (blob(SHIFT), FILES), (1 - blob(0 * SHIFT), FILES)
     asked = []
 
-    def look_exchanged(encoders, moving, fixed) -> torch.Tensor:  # type: ignore[no-untyped-def]
+    def contrasts_seen(encoders, moving, fixed) -> torch.Tensor:  # type: ignore[no-untyped-def]
         asked.append([encoder is own for encoder, own in zip(encoders, network.encoders, strict=True)])
-        return fixed.mean(dim=(1, 2, 3, 4)) < moving.mean(dim=(1, 2, 3, 4))
+        return torch.tensor([[int(image.mean() > 0.5) for image in (moving, fixed)]])
 
-    monkeypatch.setattr(objectives, "look_exchanged", look_exchanged)
+    monkeypatch.setattr(objectives, "contrasts_seen", contrasts_seen)
     right = regteach.register(positive, negative, model=model, refine=2).report
     (told,) = right["notes"]
     assert told == "both takes a positive as the moving image and a negative as the fixed image."
@@ -82,6 +82,8 @@ def test_a_model_for_two_contrasts_says_which_is_which_and_whether_they_look_exc
     assert right["feature_loss"]["after"] == pytest.approx(min(right["curve"]), abs=1e-5)
     exchanged = regteach.register(negative, positive, model=model).report["notes"]
     assert exchanged == [told, "These two look exchanged: register them the other way round."]
-    assert asked == [[True, True]] * 2
+    alike = regteach.register(negative, negative, model=model).report["notes"]
+    assert alike[:2] == [told, "Both look like a negative: this model is not meant for two of a kind."]
+    assert asked == [[True, True]] * 3
     one = Model("one", GeoReg(replace(config, encoders=1)).eval())
     assert regteach.register(positive, negative, model=one).report["notes"] == []

@@ -110,7 +110,7 @@ def test_adding_is_computing_it_again(found) -> None:
     added = result.add_points(fixed, moving).add_points(fixed + 3.3, moving + 3.0)
     known = added.keypoints
     assert known is not None
-    assert known.given == 2
+    assert known.count == 2
     torch.testing.assert_close(known.dense[0], known.field.on(known.grid), atol=1e-4, rtol=0)
     together = result.add_points(np.concatenate([fixed, fixed + 3.3]), np.concatenate([moving, moving + 3.0]))
     np.testing.assert_allclose(together.displacement(), added.displacement(), atol=1e-3)
@@ -120,6 +120,25 @@ def test_adding_is_computing_it_again(found) -> None:
     assert added.report["folding_percent"] == pytest.approx(100 * float((det <= 0).float().mean()), abs=1e-4)
     assert added.report["similarity"]["after"] < result.report["similarity"]["after"]
     assert added.report["similarity"]["before"] == result.report["similarity"]["before"]
+
+
+def test_a_point_has_one_place_whenever_it_is_told() -> None:
+    result, (fixed, moving) = register(*images(2), MODELS[2]), wrong_pair(2, False)
+    added, again = result.add_points(fixed, moving), register(*images(2), MODELS[2], points=(fixed, moving))
+    for told in (added, again):
+        with pytest.raises(ValueError, match="is given two places in moving_mm") as error:
+            told.add_points(fixed, moving + 8)
+        assert one_sentence(error.value)
+        assert told.add_points(fixed, moving).report["given_points"] == 2  # once more the same is no contradiction
+    corrected = result.add_points(fixed, moving + 2)
+    assert miss(corrected, (fixed, moving + 2)) < 1.5
+
+
+def test_the_loss_of_the_network_is_not_said_of_what_people_added() -> None:
+    result = register(*images(2), MODELS[2])
+    added = result.add_points(*wrong_pair(2, False))
+    assert "feature_loss" in result.report
+    assert "feature_loss" not in added.report
 
 
 @pytest.mark.parametrize("away", [False, True])

@@ -25,6 +25,7 @@ from regteach.sampling import (
     resample,
     sample,
     smooth,
+    smooth_field,
     vox_to_mm,
     warp,
 )
@@ -406,6 +407,67 @@ def test_nowhere_reads_nan_and_nothing_else_does(dim: int, order: int) -> None:
     found.nansum().backward()
     assert image.grad is not None
     assert image.grad.isfinite().all()
+
+
+# Half and mixed precision
+
+HALVES = [torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("kind", HALVES)
+@pytest.mark.parametrize("order", [0, 1])
+def test_an_image_in_half_precision_is_read_where_it_is_asked(kind: torch.dtype, order: int) -> None:
+    """On a large grid half precision knows a position to two voxels only: there the ramp would be off by as many."""
+    grid = Grid((160, 192, 160), origin=(-100.0, -90.0, -80.0))
+    image = torch.arange(192.0)[:, None].expand(grid.shape)[None, None].to(kind)
+    points = points_inside(grid, 500, dtype=torch.float32)
+    expected = sample(image.float(), points, grid, order)
+    for found in (sample(image, points, grid, order), sample(image.expand(2, -1, -1, -1, -1), points, grid, order)[:1]):
+        assert found.dtype == kind
+        assert torch.equal(found, expected.to(kind))
+    if order:
+        slope = image.clone().requires_grad_()
+        sample(slope, points, grid).float().sum().backward()
+        assert slope.grad is not None
+        assert slope.grad.dtype == kind
+        assert float(slope.grad.float().sum()) == pytest.approx(500, rel=0.01)
+
+
+@pytest.mark.parametrize("kind", HALVES)
+def test_a_warp_of_an_image_in_half_precision_is_that_of_its_values(grid: Grid, kind: torch.dtype) -> None:
+    image = image_on(grid, 2, 3).to(kind)
+    move = shifted(*(0.3, -0.7, 1.1)[: grid.dim])
+    found = warp(image, move, grid)
+    assert found.dtype == kind
+    assert torch.equal(found, warp(image.float(), move, grid).to(kind))
+
+
+@pytest.mark.parametrize("points", [torch.float32, torch.float64])
+@pytest.mark.parametrize("image", [torch.float32, torch.float64])
+def test_the_values_have_the_precision_of_the_image(grid: Grid, image: torch.dtype, points: torch.dtype) -> None:
+    found = sample(image_on(grid, dtype=image), points_inside(grid, 5, dtype=points), grid)
+    assert found.dtype == image
+
+
+@pytest.mark.parametrize("kind", HALVES)
+def test_half_precision_is_smoothed_in_float32(grid: Grid, kind: torch.dtype) -> None:
+    image = image_on(grid, 2, 3).to(kind)
+    found = smooth(image, 1.7, grid)
+    assert found.dtype == kind
+    assert torch.equal(found, smooth(image.float(), 1.7, grid).to(kind))
+
+
+def test_a_displacement_is_smoothed_to_its_last_digit_in_mixed_precision(grid: Grid) -> None:
+    field = (24.5 + torch.rand(1, *grid.shape, grid.dim)).requires_grad_()
+    image = image_on(grid)
+    expected, plain = smooth_field(field, 1.2, grid), smooth(image, 1.2, grid)
+    slope = torch.autograd.grad(expected.square().sum(), field)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = smooth_field(field, 1.2, grid)
+        assert torch.equal(smooth(image, 1.2, grid), plain)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
+    assert torch.equal(torch.autograd.grad(found.square().sum(), field)[0], slope)
 
 
 @pytest.mark.parametrize("sigma", [0.3, 1.0, 2.7])

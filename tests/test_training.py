@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -37,6 +38,8 @@ FORKS.set_forkserver_preload(["pytest", "scipy.linalg", "accelerate", "regteach.
 
 class Toy:
     """Learns two functions of four random numbers; what it does is written down in lists."""
+
+    calls_forward = True
 
     def __init__(self, dropout: float = 0.0, scores: Sequence[float] = ()) -> None:
         self.dropout, self.scores = dropout, list(scores)
@@ -594,6 +597,34 @@ def test_processes_that_do_not_know_of_each_other_are_refused(tmp_path: Path, mo
     assert list(tmp_path.iterdir()) == []
 
 
+class Parts(Toy):
+    """Computes the same network layer by layer: no call of the model that accelerate could wrap."""
+
+    calls_forward = False
+
+    def loss(self, model: nn.Module, items: Sequence[int], device: torch.device) -> dict[str, Tensor]:
+        def found(given: Tensor) -> Tensor:
+            for k in range(4):
+                given = model[k](given)  # type: ignore[index]
+            return given
+
+        return super().loss(found, items, device)  # type: ignore[arg-type]
+
+
+def test_a_loss_that_does_not_call_the_model_trains_without_mixed_precision_or_not_at_all(tmp_path: Path) -> None:
+    task = Parts()
+    silent = SimpleNamespace(build=task.build, loss=task.loss, validate=task.validate, picture=task.picture)
+    train(Toy(), SHORT, tmp_path / "whole")
+    for tried in (task, silent):
+        name = type(tried).__name__
+        train(tried, SHORT, tmp_path / name)
+        assert_same_end(tmp_path / name, tmp_path / "whole")
+        with pytest.raises(ValueError, match="not in 1 with precision 'bf16'") as caught:
+            train(tried, replace(SHORT, precision="bf16"), tmp_path / "none")
+        assert one_sentence(caught.value, f"The loss of {name} does not call the network as a whole")
+    assert not (tmp_path / "none").exists()
+
+
 # ---- precision, and a network of the package ----
 
 GRID = Grid((24, 20), (2.0, 1.5), (-100.0, 40.0))
@@ -602,6 +633,8 @@ STAGES = (AffineStage(AffineBounds(4.0, 20.0, 1.2), (4, 8), 8), SplineStage(12.0
 
 class Pairs:
     """An ISTN on blobs; it remembers what its last result looked like."""
+
+    calls_forward = True
 
     def __init__(self, variant: str, itn: bool = True) -> None:
         self.variant = variant
@@ -696,6 +729,7 @@ def two_processes(out: Path) -> None:
     for name, item in (("odd", 75), ("even", 74)):  # in the share of one process only
         refused(name, Astray(item, "size"), SHORT, out / name, FloatingPointError)
     refused("share", Toy(), replace(SHORT, batch=5), out / "share", ValueError)
+    refused("parts", Parts(), SHORT, out / "parts", ValueError)
     refused("settings", Toy(), replace(SHORT, rate=0.5), out / "straight", ValueError)
     if rank == 0:
         (out / "damaged").mkdir()
@@ -785,6 +819,8 @@ def test_what_one_process_refuses_both_refuse(pair: Pair) -> None:
     assert found[0]["errors"] == found[1]["errors"]
     errors = found[0]["errors"]
     assert errors["share"] == "5 items at a time can not be shared out equally among 2 processes."
+    assert errors["parts"].endswith("in one process and with precision 'no', not in 2 with precision 'no'.")
+    assert not (out / "parts").exists()
     assert errors["damaged"].startswith(f"{out / 'damaged' / STATE} is no state of a training")
     assert "other settings (rate)" in errors["settings"]
     for name in ("odd", "even"):

@@ -508,6 +508,17 @@ def test_compose_on_a_grid_keeps_the_items_of_a_batch(grid):
         torch.testing.assert_close(whole.jacobian_on(grid), Transform.jacobian_on(whole, grid), rtol=0, atol=1e-12)
 
 
+def test_jacobians_of_compose_keep_float32_under_autocast(grid):
+    parts = examples(grid, torch.float32)
+    whole, points = Compose((parts["affine"], parts["compose"])), points_inside(grid, 30, dtype=torch.float32)
+    expected = whole.jacobian(points), whole.jacobian_on(grid), jacobian_determinant(whole, grid)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = whole.jacobian(points), whole.jacobian_on(grid), jacobian_determinant(whole, grid)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.dtype == torch.float32
+        assert torch.equal(ours, theirs)
+
+
 def test_compose_on_a_grid_passes_gradients_to_every_part(grid):
     ctrl = bspline.control_grid(grid, 4.0)
     parts = [(0.3 * torch.randn(1, *ctrl.shape, grid.dim, dtype=F64)).requires_grad_() for _ in range(2)]

@@ -327,8 +327,10 @@ def _person(name: str, fine: Fine, tissue: Int[Tensor, "*fine"] | None, grid: Gr
 def _counts(fine: Int[Tensor, "*fine"], parts: tuple[int, ...], count: int) -> Int[Tensor, "c *grid"]:
     """How many of each voxel's parts have the labels 0 ... count-1."""
     coarse = tuple(n // p for n, p in zip(fine.shape, parts, strict=True))
-    counts = torch.zeros(count, math.prod(coarse), dtype=torch.uint8)
-    one = torch.ones(1, counts.shape[1], dtype=torch.uint8)
+    # A byte counts the parts of voxels of up to 6 mm. A grid of larger voxels has few of them.
+    kind = torch.uint8 if math.prod(parts) < 256 else torch.int32
+    counts = torch.zeros(count, math.prod(coarse), dtype=kind)
+    one = torch.ones(1, counts.shape[1], dtype=kind)
     for offset in itertools.product(*map(range, parts)):
         part = fine[tuple(slice(o, None, p) for o, p in zip(offset, parts, strict=True))]
         counts.scatter_add_(0, part.reshape(1, -1).long(), one)

@@ -23,6 +23,7 @@ from regteach.affine import Affine, AffineBounds
 from regteach.data.cohort import SPLITS, Cohort
 from regteach.data.deformations import random_affine
 from regteach.data.intensity import normalised
+from regteach.data.landmarks import shown
 from regteach.grid import Grid
 from regteach.sampling import flat_points, grid_points, warp
 
@@ -165,11 +166,12 @@ def generate_trees(
     fine = grid.padded(margin, margin).with_spacing(0.5)
     distance = warp(_distance(branches, fine)[None, None], placed.inverse(), fine, grid)
     body = (0.5 + TREE_RADIUS * size - distance).clamp(0, 1)
-    soft = _blob(distance, size)
+    soft = shown(distance, BLUR * size, "blobs")
     soi = soft if blurred else body
     if kind != "segmentation":
         nearest = _distances_to(landmarks, placed, grid, merged=kind != "each landmark")
-        soi = (1 - nearest / (REACH * size)).clamp_min(0) if kind == "landmark distances" else _blob(nearest, size)
+        straight = kind == "landmark distances"
+        soi = shown(nearest, (REACH if straight else BLUR) * size, "distances" if straight else "blobs")
     images = _paint(body, _square_cover(square, grid), draws, noise)
     names = {1: {"segmentation": "tree"}.get(kind, "landmarks")}
     if kind == "each landmark":
@@ -279,11 +281,6 @@ def _distances_to(
     if merged:
         channels = [reduce(torch.minimum, channels)]
     return torch.stack(channels, dim=1).unflatten(-1, grid.shape)
-
-
-def _blob(distance: Tensor, size: int) -> Tensor:
-    """1 at the structure, falling off as a Gaussian."""
-    return (-0.5 * (distance / (BLUR * size)).square()).exp()
 
 
 def labels_of(soi: Float[Tensor, "n k *grid"]) -> Tensor:

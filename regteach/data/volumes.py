@@ -319,7 +319,7 @@ def _checked(array: np.ndarray, name: str, labels: bool) -> Tensor:
 
 
 def _write(path: str | os.PathLike[str], image: nib.Nifti1Image, grid: Grid) -> Path:
-    """Give the image the grid's affine, write it beside its place, then rename it into its place."""
+    """Give the image the grid's affine, write it beside its place, and move it there when it is on the disk."""
     target = Path(path)
     suffix = next((s for s in reversed(SUFFIXES) if target.name.endswith(s)), None)
     if suffix is None:
@@ -335,6 +335,8 @@ def _write(path: str | os.PathLike[str], image: nib.Nifti1Image, grid: Grid) -> 
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}{suffix}")
     try:
         nib.save(image, temporary)
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)

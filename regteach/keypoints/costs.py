@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from regteach.grid import Grid, per_axis
 from regteach.precision import exactly
-from regteach.sampling import Mapping, check_image, sample
+from regteach.sampling import Mapping, at_least_float32, check_image, sample
 
 BUDGET = 8_000_000  # numbers that a chunk of keypoints may hold at once
 
@@ -128,13 +128,14 @@ def cost_volume(
     return torch.cat(parts)
 
 
+@exactly
 def soft_argmin(
     cost: Float[Tensor, "*any m"], candidates_mm: Float[Tensor, "m d"], temperature: float
 ) -> tuple[Float[Tensor, "*any d"], Float[Tensor, "*any"]]:
     """Mean of the candidates under the weights softmax(-cost / temperature), and how far they spread.
 
     Args:
-        cost: finite costs.
+        cost: finite costs; half precision is computed in float32.
         candidates_mm: the displacement that each of them is about.
         temperature: in units of the cost; near 0 the cheapest candidate wins, a high one gives the window's middle.
 
@@ -149,6 +150,7 @@ def soft_argmin(
         raise ValueError(f"A temperature is positive, but this one is {temperature}.")
     if len(candidates_mm) == 0 or cost.shape[-1] != len(candidates_mm):
         raise ValueError(f"{cost.shape[-1]} costs a keypoint need as many candidates, but {len(candidates_mm)} exist.")
+    cost = at_least_float32(cost)
     candidates = candidates_mm.to(cost)
     weights = torch.softmax(-cost / temperature, dim=-1)
     mean = weights @ candidates

@@ -5,6 +5,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from regteach.ops.neighbours import k_nearest
+from regteach.precision import exactly
+from regteach.sampling import at_least_float32
 
 EVIDENCE = 6  # numbers about a match
 RIDGE = 1e-3  # of a plane's spread, so that neighbours in a row define one too
@@ -33,6 +35,7 @@ def evidence(
     return torch.stack(said, 1).log1p()
 
 
+@exactly
 def leave_one_out(
     keypoints_mm: Float[Tensor, "m d"], displacements_mm: Float[Tensor, "m d"], neighbours: int
 ) -> tuple[Float[Tensor, "m d"], Float[Tensor, "m d"], Float[Tensor, "m"]]:
@@ -44,6 +47,7 @@ def leave_one_out(
     """
     if len(keypoints_mm) < 2:
         raise ValueError("What the others say about a keypoint needs at least 2 of them.")
+    keypoints_mm, displacements_mm = at_least_float32(keypoints_mm), at_least_float32(displacements_mm)
     near = k_nearest(keypoints_mm, keypoints_mm, neighbours + 1)
     own = torch.arange(len(near), device=near.device)[:, None]
     # It is one of its own nearest, but among keypoints at one place not always the first: the farthest takes its seat.

@@ -339,11 +339,6 @@ def _shrunk(maps: Tensor, factor: int) -> Tensor:
     return {2: F.avg_pool2d, 3: F.avg_pool3d}[maps.ndim - 2](maps, factor)
 
 
-def without_itn(config: ISTNConfig) -> ISTNConfig:
-    """The same STN on the images themselves."""
-    return replace(config, itn=())
-
-
 def count_parameters(module: nn.Module | Sequence[nn.Module]) -> int:
     """Number of trained numbers."""
     modules = [module] if isinstance(module, nn.Module) else module
@@ -366,5 +361,4 @@ __all__ = [
     "count_parameters",
     "parameters_by_part",
     "public",
-    "without_itn",
 ]

@@ -35,7 +35,8 @@ from regteach.ops.classical import Spline
 from regteach.ops.kernel_field import kernel_field, kernel_field_on
 from regteach.ops.kernel_weights import kernel_field_added, kernel_weights_on, weighted_sum
 from regteach.ops.neighbourhood import fourier_features
-from regteach.sampling import flat_points
+from regteach.precision import exactly
+from regteach.sampling import at_least_float32, flat_points
 
 HEADS = ("geometry", "semantics")
 GIVEN = 6.0  # logit of a correspondence that a person gave: e^6 times as much as a match of average trust
@@ -148,6 +149,7 @@ class LearnedKernel(nn.Module):
         self.register_buffer("frequencies", torch.randn(config.dim, width // 2))
         self.spline = LearnedSpline(EVIDENCE, width, config.neighbours) if config.spline else None
 
+    @exactly
     def reconstruction(
         self,
         keypoints_mm: Float[Tensor, "m d"],
@@ -173,6 +175,7 @@ class LearnedKernel(nn.Module):
         """
         _check(keypoints_mm, displacements_mm, self.config.dim)
         _check_extras(keypoints_mm, spread_mm, given, origin)
+        keypoints_mm, displacements_mm = at_least_float32(keypoints_mm), at_least_float32(displacements_mm)
         centre = keypoints_mm.detach().mean(0) if origin is None else origin
         start = None
         if self.spline is not None:
@@ -237,7 +240,7 @@ class LearnedKernel(nn.Module):
                 f"{len(points)} points need image features of {self.config.semantics} channels each, not shape "
                 f"{tuple(found.shape)}."
             )
-        return self.encoders[head](found)
+        return self.encoders[head](at_least_float32(found))
 
 
 @dataclass(frozen=True, eq=False)
@@ -264,11 +267,13 @@ class Reconstruction:
     config: KernelConfig
     start: Spline | None = None
 
+    @exactly
     def at(self, points_mm: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
         """Displacement at points, mm."""
         dim = self.config.dim
         if points_mm.ndim != 2 or points_mm.shape[1] != dim:
             raise ValueError(f"Points are rows of {dim} coordinates, not shape {tuple(points_mm.shape)}.")
+        points_mm = at_least_float32(points_mm)
         found = kernel_field(
             points_mm, self.keypoints_mm, self.displacements_mm, self.weighting, self.config.neighbours,
             self.queries(points_mm), self.keys, self._taper, self.config.degree,

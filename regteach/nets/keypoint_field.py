@@ -76,6 +76,7 @@ class Field:
         """What is handed to the interpolation, which may differ from what was matched."""
         return self.part.displacements_mm
 
+    @exactly
     def at(self, points_mm: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
         """Displacement at points, mm."""
         found = torch.cat([self.part.at(some) for some in points_mm.split(AT_ONCE)])
@@ -181,6 +182,7 @@ def remembered_weights(found: tuple[Field, ...]) -> Callable[[Grid], list[tuple[
     return cache(lambda grid: [field.weights(grid) for field in found])
 
 
+@exactly
 def affine_part(keypoints_mm: Float[Tensor, "n d"], displacements_mm: Float[Tensor, "n d"]) -> Float[Tensor, "e d"]:
     """Slopes and offset of the affine displacement nearest to these, by least squares; e is d + 1.
 
@@ -194,6 +196,7 @@ def affine_part(keypoints_mm: Float[Tensor, "n d"], displacements_mm: Float[Tens
     return torch.cat([slopes, (mean - middle @ slopes)[None]])
 
 
+@exactly
 def read_affine(linear: Float[Tensor, "e d"], points: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
     """Displacement of an affine part at points, mm."""
-    return points @ linear[:-1] + linear[-1]
+    return points.to(linear) @ linear[:-1] + linear[-1]

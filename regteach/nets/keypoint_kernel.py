@@ -46,7 +46,7 @@ from regteach.nets.keypoint_field import (
 from regteach.precision import exactly
 from regteach.result import Result, Step
 from regteach.sampling import sample
-from regteach.similarity import mind_descriptor
+from regteach.similarity import dissimilarity, mind_descriptor
 from regteach.transforms import Dense
 
 MIND = {2: 4, 3: 12}  # channels of the descriptor
@@ -119,6 +119,7 @@ class KeypointKernelConfig:
             raise ValueError(f"reconstruction is one of {', '.join(RECONSTRUCTIONS)}, not {self.reconstruction!r}.")
         if not self.temperature > 0 or not self.smoothness >= 0:
             raise ValueError("The temperature is positive, and the smoothness is not negative.")
+        dissimilarity(self.similarity)  # an unknown name is refused here, not in a refinement
         described = MIND[self.grid.dim] * self.channels + self.features
         want = described if "semantics" in self.kernel.heads else 0
         if self.kernel.dim != self.grid.dim or self.kernel.semantics != want:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from regteach.grid import Grid
 from regteach.nets.blocks import UNet, as_tuples, check_pair, conv, upsampled, zero_start
 from regteach.result import Result, Step
+from regteach.similarity import dissimilarity
 from regteach.transforms import Dense, Transform, Velocity
 
 
@@ -45,6 +46,7 @@ class VoxelMorphConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.finest < len(self.widths):
             raise ValueError(f"A U-Net of {len(self.widths)} levels can not predict at level {self.finest}.")
+        dissimilarity(self.similarity)  # an unknown name is refused here, not in the first step of a training
         check_divides(self.grid, 2**self.finest)
 
     @staticmethod

@@ -21,7 +21,7 @@ from torch import Tensor
 from regteach.grid import Grid
 
 PAIRS_AT_ONCE = 2**22  # of point and keypoint, while neighbours are searched: 16 MB in float32
-LARGE_EDGE = 16  # voxels
+LARGE_EDGE = 16  # voxels, at most
 SLACK = 1e-5  # relative; what rounding can do to a distance is far below it
 
 
@@ -129,8 +129,9 @@ class Blocks:
         self.index = [_in_blocks(torch.arange(n, device=keypoints.device), edge_vox) for n in grid.shape]
         self.shape = tuple(len(axis) for axis in self.axes)
         self.held = torch.arange(torch.Size(self.shape).numel(), device=keypoints.device)
-        if first and edge_vox < LARGE_EDGE:  # large blocks rule out most of the grid, and are few
-            self.held = self._within(Blocks(grid, keypoints, k, edge_vox * (LARGE_EDGE // edge_vox), first))
+        factor = LARGE_EDGE // edge_vox
+        if first and factor > 1:  # large blocks rule out most of the grid, and are few
+            self.held = self._within(Blocks(grid, keypoints, k, edge_vox * factor, first))
         self.members, self.counts = self._candidates(keypoints, min(k, len(keypoints)))
         if first:
             owner = torch.arange(len(self.held), device=keypoints.device).repeat_interleave(self.counts)

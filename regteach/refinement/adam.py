@@ -109,7 +109,7 @@ def refine_weights(
 
 def _by_adam(turned: Sequence[Tensor], now: Callable[[int], Tensor], settings: Refinement) -> Keeper:
     """Turn numbers until the loss is low: ``now``, of the count of turns, says how low it is, for each pair."""
-    optimiser = torch.optim.Adam(turned, lr=settings.rate)
+    optimiser = torch.optim.Adam(turned, lr=settings.rate, fused=True)
     keeper = Keeper(settings)
     with torch.enable_grad():
         for count in range(settings.steps + 1):

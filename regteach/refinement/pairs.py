@@ -40,7 +40,9 @@ class Keeper:
             torch.where(better.reshape(-1, *[1] * (z.ndim - 1)), z, kept)
             for z, kept in zip(parameters, self.best, strict=True)
         ]
-        fell = losses < self.reference - self.settings.tolerance * self.reference.abs()  # a loss may be negative
+        drop = self.settings.tolerance * self.reference.abs()  # a loss may be negative
+        drop = torch.where(self.reference.isfinite(), drop, 0)  # from a first loss of nan, any number is a fall
+        fell = losses < self.reference - drop
         self.reference = torch.where(fell, losses, self.reference)
         self.since = torch.where(fell, 0, self.since + 1)
         self.curve.append(torch.where(self.running, losses, self.curve[-1]))

@@ -352,6 +352,25 @@ def test_counts_and_most() -> None:
     assert brains._most(counts).flatten().tolist() == [1, 2], "half a voxel is enough"
 
 
+@pytest.mark.parametrize("part", [3, 7, 10])
+def test_counts_of_large_voxels_do_not_run_over(part: int) -> None:
+    """A voxel of 7 mm has 343 parts."""
+    fine = torch.ones(2 * part, part, part, dtype=torch.int64)
+    few = (part - 1) // 2 * part**2
+    fine[:part, : (part - 1) // 2] = 2
+    counts = brains._counts(fine, (part,) * 3, 3).flatten(1)
+    assert counts.tolist() == [[0, 0], [part**3 - few, part**3], [few, 0]]
+    assert brains._most(counts).tolist() == [1, 1]
+
+
+def test_parts_of_large_voxels_are_those_of_small_ones(root: Path) -> None:
+    synthseg(root, 1, head(FREESURFER_NUMBERS))
+    fine, coarse = (load_synthseg(h, (n,) * 3).soi[0] for h, n in ((1.0, 84), (7.0, 12)))
+    pooled = torch.nn.functional.avg_pool3d(fine[None], 7)[0]
+    assert coarse.max() > 256 / 7**3
+    torch.testing.assert_close(coarse, pooled, atol=1e-6, rtol=0)
+
+
 def test_nearest_label_outside_the_volume_is_background() -> None:
     volume = Volume(torch.full((3, 3, 3), 7), Grid((3, 3, 3)))
     eye, zero = torch.eye(3).double(), torch.zeros(3).double()

@@ -3,6 +3,7 @@
 import gzip
 import warnings
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -12,7 +13,6 @@ import torch
 from truths.fields import GRIDS
 
 import data_download
-from regteach.data import volumes
 from regteach.data.volumes import Volume, load_mni, read_volume, save_displacement, save_volume
 from regteach.grid import Grid
 from regteach.sampling import flat_points, grid_points, sample
@@ -302,17 +302,19 @@ def test_a_saved_mask_is_integers(tmp_path: Path) -> None:
     assert torch.equal(read_volume(path, labels=True).data, mask.long())
 
 
+@pytest.mark.parametrize("where", ["nibabel.save", "os.fsync", "os.replace"])
 def test_a_failed_save_leaves_the_old_file_and_nothing_else(
-    tmp_path: Path, grid: Grid, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, grid: Grid, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     path = save_volume(tmp_path / "image.nii.gz", Volume(torch.randn(grid.shape), grid))
     before = path.read_bytes()
 
-    def fails(image: nib.Nifti1Image, where: Path) -> None:
-        where.write_bytes(b"half of it")
+    def fails(*given: Any) -> None:
+        if where == "nibabel.save":
+            given[1].write_bytes(b"half of it")
         raise OSError("the disk is full")
 
-    monkeypatch.setattr(volumes.nib, "save", fails)
+    monkeypatch.setattr(where, fails)
     with pytest.raises(OSError, match="disk is full"):
         save_volume(path, Volume(torch.randn(grid.shape), grid))
     assert path.read_bytes() == before

@@ -256,8 +256,8 @@ def test_each_of_two_encoders_reads_its_own_image() -> None:
     assert not torch.allclose(displacement(two(-moving, fixed, FLAT.grid).transform, FLAT.grid), a, atol=1e-3)
 
 
-def test_exchanged_contrasts_are_seen() -> None:
-    """One encoder reads an image, the other its negative; exchanged, they disagree."""
+def test_contrasts_are_seen_whichever_way_they_come() -> None:
+    """One encoder reads an image, the other its negative."""
     net = net_of(replace(FLAT, encoders=2))
     net.encoders[1].load_state_dict(net.encoders[0].state_dict())
     with torch.no_grad():
@@ -266,8 +266,10 @@ def test_exchanged_contrasts_are_seen() -> None:
             convolution.weight.neg_()
     image = images(FLAT, batch=3)[0]
     elsewhere = image.roll(1, -1)  # not aligned yet
-    assert objectives.look_exchanged(net.encoders, image, -elsewhere).tolist() == [False] * 3
-    assert objectives.look_exchanged(net.encoders, -elsewhere, image).tolist() == [True] * 3
+    assert objectives.contrasts_seen(net.encoders, image, -elsewhere).tolist() == [[0, 1]] * 3
+    assert objectives.contrasts_seen(net.encoders, -elsewhere, image).tolist() == [[1, 0]] * 3
+    assert objectives.contrasts_seen(net.encoders, image, elsewhere).tolist() == [[0, 0]] * 3
+    assert objectives.contrasts_seen(net.encoders, -image, -elsewhere).tolist() == [[1, 1]] * 3
 
 
 def test_one_level_is_a_network_too() -> None:
@@ -382,8 +384,8 @@ def test_one_object_at_two_spacings_moves_by_the_same_millimetres() -> None:
         assert abs(found(shift_mm, coarse, Grid((16, 32)))) < 2.4  # spacing that is not heard gives another answer
 
 
-def test_a_constant_image_moves_nothing_and_breaks_nothing() -> None:
-    """Correlation with a constant is defined as 0: no gradient, no NaN."""
+def test_a_constant_image_agrees_with_nothing_and_breaks_nothing() -> None:
+    """Correlation with a constant is defined as 0: no gradient of the image, no NaN. Points move as the weights say."""
     net = net_of(FLAT, moving=True)
     flat = torch.full((1, 1, *FLAT.grid.shape), 0.5)
     terms = objectives.multiscale(net(flat, flat, FLAT.grid), FLAT.grid, bending=1.0)

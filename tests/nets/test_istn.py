@@ -21,7 +21,6 @@ from regteach.nets.istn import (
     SplineStage,
     count_parameters,
     public,
-    without_itn,
 )
 from regteach.result import assemble
 from regteach.sampling import grid_points, warp
@@ -80,7 +79,6 @@ def test_parameters_of_the_public_code(dim, kind, itn, stn):
     assert count_parameters(model.stages) == stn
     assert count_parameters([model.itn, *model.stages]) == count_parameters(model) == itn + stn
     assert count_parameters(ISTN(public(grid, kind, itn=False))) == stn
-    assert count_parameters(ISTN(without_itn(public(grid, kind)))) == stn
     assert sum(p.numel() for p in model.state_dict().values()) == itn + stn  # no buffers
 
 

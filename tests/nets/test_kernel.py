@@ -285,6 +285,41 @@ def test_leave_one_out_of_an_affine_field_is_the_field(dim: int) -> None:
 
 
 @pytest.mark.parametrize("dim", [2, 3])
+def test_coordinates_keep_float32_under_autocast(dim: int) -> None:
+    """Far from 0, where bfloat16 would be off by millimetres."""
+    keypoints, query = (scattered(dim, n, torch.float32, 60.0) + 100 for n in (60, 40))
+    values = (10 * smooth(keypoints)).requires_grad_()
+    kernel = small_kernel(dim, 0.1, torch.float32, spline=True)
+
+    def found() -> tuple[Tensor, ...]:
+        field = kernel.reconstruction(keypoints, values)
+        said = *leave_one_out(keypoints, values, 12), evidence(keypoints, values, 12)
+        return *said, field.at(query), kernel.reconstruct(keypoints, values, query)
+
+    expected = found()
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = found()
+    for ours, theirs in zip(mixed, expected, strict=True):
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=0)
+    for place in (0, 4):  # the plane, and the field
+        ours, theirs = (torch.autograd.grad(every[place].mean(), values)[0] for every in (mixed, expected))
+        assert ours.abs().max() > 0
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_features_and_displacements_in_half_precision_are_heard_in_float32() -> None:
+    keypoints, query = scattered(2, 40, torch.float32), scattered(2, 10, torch.float32)
+    kernel = small_kernel(2, 0.1, torch.float32, semantics=2, heads=HEADS)
+    values = smooth(keypoints).bfloat16()
+    expected = kernel.reconstruction(keypoints, values.float(), two_sides).at(query)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = kernel.reconstruction(keypoints, values, lambda points: two_sides(points).bfloat16()).at(query)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("dim", [2, 3])
 @pytest.mark.parametrize("spread", [True, False])
 def test_an_outlier_is_the_farthest_from_the_plane(dim: int, spread: bool) -> None:
     keypoints = scattered(dim, 80)

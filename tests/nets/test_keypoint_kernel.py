@@ -115,6 +115,54 @@ def test_the_finer_scale_corrects_the_coarse_one() -> None:
 
 
 @pytest.mark.parametrize("dim", [2, 3])
+@pytest.mark.parametrize(
+    "settings", [{}, {"affine": True}, {"reconstruction": "thin_plate"}, {"spline": True}, {"heads": ("geometry",)}]
+)
+def test_coordinates_keep_float32_under_autocast(dim: int, settings: dict[str, Any]) -> None:
+    """Without a U-Net there is nothing that mixed precision may round."""
+    moving, fixed, _ = pair(dim)
+    grid, network = GRIDS[dim], model(dim, 0.05, features=0, **settings)
+    points = flat_points(grid)[:, ::7]
+
+    def found() -> tuple[Tensor, ...]:
+        """Each field at points, the dense one there, and that of the step on the grid."""
+        fields = [field.at(points[0]) for field in network.scales(moving, fixed, grid)]
+        result = network(moving, fixed, grid)
+        step = result.steps[0]
+        rebuilt = step.build(step.parameters).displacement_on(grid)
+        return *fields, result.transform(points) - points, rebuilt
+
+    expected = found()
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = found()
+    for ours, theirs in zip(mixed, expected, strict=True):
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=0)
+    losses = [sum(field.square().mean() for field in fields) for fields in (mixed, expected)]
+    gradients = [torch.autograd.grad(loss, list(network.parameters())) for loss in losses]
+    for ours, theirs in zip(*gradients, strict=True):
+        assert ours.abs().max() > 0
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dim", [2, 3])
+def test_what_is_said_at_points_is_what_is_said_on_the_grid_under_autocast(dim: int) -> None:
+    """Also with a U-Net: its features may be rounded, what is made of them is not."""
+    moving, fixed, _ = pair(dim)
+    grid, network = GRIDS[dim], model(dim, 0.3)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        field = network.scales(moving, fixed, grid)[-1]
+        found = field.at(flat_points(grid)[0]).unflatten(0, grid.shape)
+        on = field.on(grid)
+        centre = torch.tensor(grid.centre)[None]
+        _, added = field.added((centre, centre + 2), on, grid)
+    assert found.dtype == on.dtype == added.dtype == torch.float32
+    torch.testing.assert_close(found, on, atol=1e-3, rtol=0)
+    with torch.no_grad():
+        torch.testing.assert_close(added, field.added((centre, centre + 2), on, grid)[1], atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("dim", [2, 3])
 def test_moving_both_images_together_moves_the_answer(dim: int) -> None:
     """Positions count from nowhere: the same pair elsewhere in space has the same displacements."""
     moving, fixed, _ = pair(dim)
@@ -430,12 +478,19 @@ def test_an_image_without_keypoints_is_refused_unless_points_are_given() -> None
         {"reconstruction": "guess"},
         {"kernel": KernelConfig(dim=3)},
         {"scales": (Scale(64),)},
+        {"similarity": "nonsense"},
     ],
     ids=str,
 )
 def test_bad_configurations_are_refused(change: dict[str, Any]) -> None:
     with pytest.raises(ValueError) as caught:
         replace(KeypointKernelConfig.of(GRIDS[2]), **change)
+    assert one_sentence(caught.value)
+
+
+def test_an_unknown_similarity_is_refused_at_once() -> None:
+    with pytest.raises(ValueError, match="There is no dissimilarity 'local_nc'; the nearest is 'local_ncc'") as caught:
+        KeypointKernelConfig.of(GRIDS[2], similarity="local_nc")
     assert one_sentence(caught.value)
 
 

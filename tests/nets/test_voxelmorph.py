@@ -88,6 +88,7 @@ def test_the_configuration_survives_json() -> None:
     [
         (lambda: VoxelMorphConfig(Grid((8, 8)), (8, 8), finest=2), "can not predict at level 2"),
         (lambda: VoxelMorphConfig(Grid((9, 8)), (8, 8)), "needs a grid that 2 divides"),
+        (lambda: VoxelMorphConfig(Grid((8, 8)), (8, 8), similarity="nonsense"), "no dissimilarity 'nonsense'"),
         (lambda: VoxelMorphConfig.from_dict({"grid": {"shape": [8, 8]}, "colour": 1}), "no configuration"),
     ],
 )

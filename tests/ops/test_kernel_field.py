@@ -26,6 +26,7 @@ from regteach.ops.kernel_field import (
     kernel_field,
     kernel_field_on,
 )
+from regteach.ops.kernel_weights import kernel_field_added
 from regteach.ops.neighbours import Blocks, among_nearest, k_nearest, squared_distances
 from regteach.sampling import flat_points
 
@@ -326,6 +327,22 @@ def test_the_groups_and_the_blocks_change_nothing(grid: Grid) -> None:
         for edge, pairs in ((1, 1), (4, 2**20), (100, 10**9))
     ]
     assert all(torch.allclose(field, fields[0], atol=1e-12) for field in fields)
+
+
+@pytest.mark.parametrize("edge", [1, 2, 3, 4, 5, 6, 7, 12, 16, 20])
+@pytest.mark.parametrize("degree", [0, 1])
+def test_keypoints_are_added_in_blocks_of_any_size(edge: int, degree: int) -> None:
+    """Also where the edge does not divide the 16 voxels of the large blocks."""
+    grid = Grid((23, 18, 20), (1.0, 1.5, 2.0), (-3.0, 5.0, 10.5))
+    keypoints = points_inside(grid, 70)[0]
+    values = torch.randn(70, 3, dtype=torch.float64)
+    settings: dict[str, Any] = {"weighting": Gaussian(4.0), "k": 6, "taper": True, "degree": degree}
+    before = kernel_field_on(grid, keypoints[:66], values[:66], **settings)
+    expected = kernel_field_on(grid, keypoints, values, **settings)
+    found = kernel_field_added(before, 66, grid, keypoints, values, edge_vox=edge, **settings)
+    torch.testing.assert_close(found, expected, atol=1e-9, rtol=0)
+    same = (expected == before).all(-1)
+    assert 0 < same.sum() < grid.size
 
 
 def test_nothing_as_large_as_voxels_times_neighbours_times_channels_is_made(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,48 @@
+"""What the report of a registration remarks on: two contrasts, and reasons to doubt the result."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from regteach import objectives
+from regteach.checkpoints import Model
+from regteach.nets.georeg import GeoReg
+
+ROUNDING = 1e-3  # a loss that rises by less has not changed
+
+
+def on_contrasts(model: Model, moving: Float[Tensor, "1 c *grid"], fixed: Float[Tensor, "1 c *grid"]) -> list[str]:
+    """Of a model for two contrasts: which image is which, and whether they look exchanged, or both of one contrast."""
+    if not isinstance(model.network, GeoReg) or model.network.config.encoders == 1:
+        return []
+    first, second = model.network.config.contrasts or ("the first contrast", "the second contrast")
+    told = [f"{model.name} takes {first} as the moving image and {second} as the fixed image."]
+    seen = objectives.contrasts_seen(list(model.network.encoders), moving, fixed)[0].tolist()
+    if seen == [1, 0]:
+        told.append("These two look exchanged: register them the other way round.")
+    elif seen != [0, 1]:
+        told.append(f"Both look like {(first, second)[seen[0]]}: this model is not meant for two of a kind.")
+    return told
+
+
+def on_doubts(
+    moving: Float[Tensor, "1 c *grid"],
+    fixed: Float[Tensor, "1 c *grid"],
+    before: float | None,
+    after: float | None,
+) -> list[str]:
+    """Whether there was anything to register, and whether the features agree less than they did at the start.
+
+    A network has no rule that says "these are the same, move nothing": where nothing has to move, it moves a little all
+    the same, and most of all where there is nothing to see.
+
+    Args:
+        moving, fixed: as the network saw them.
+        before, after: loss of the features, at the start and by the result; None where it is not a number.
+    """
+    told = []
+    if torch.equal(moving, fixed):
+        told.append("The two images are the same: nothing has to move, and what moves is the network's own error.")
+    if before is not None and after is not None and after > before + ROUNDING:
+        told.append("The features agree less than at the start: refine the result, or doubt it.")
+    return told
