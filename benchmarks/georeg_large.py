@@ -380,10 +380,26 @@ def by_range(name: str, rows: Sequence[Mapping[str, Any]], cohort: Cohort, setup
         f"{max(cohort.grid.spacing):g} mm.",
         f"The networks: {steps} steps of {setup.settings.batch} pairs, all families and ranges in equal parts; "
         f"{_seeds_said(rows)}.",
+        *learned_out(rows, steps),
         f"Structures lost a pair, mean: {some or 'none'}.",
         *verdicts(rows),
     ]
     return table
+
+
+def learned_out(rows: Sequence[Mapping[str, Any]], steps: int) -> list[str]:
+    """Whether the networks had learned what they can: of one that is best at the last step nobody knows."""
+    kept = {(row["method"], row["seed"]): row["best_step"] for row in rows if row["method"] in LEARNED}
+    last = [method for (method, _), step in kept.items() if step >= steps]
+    if not last:
+        return (
+            ["Every network was best on validation before its last step: it had learned what it could."] if kept else []
+        )
+    who = ", ".join(f"{method} {last.count(method)}" for method in LEARNED if method in last)
+    return [
+        f"Best on validation at the very last step: {len(last)} of {len(kept)} networks ({who}). These had not "
+        "finished learning, and are compared by how much they learn in so many steps."
+    ]
 
 
 def by_family(name: str, rows: Sequence[Mapping[str, Any]], key: str, title: str) -> Table:

@@ -154,6 +154,19 @@ def run(folder: Path, *more: str) -> tuple[dict[str, Any], str]:
     return json.loads(file.read_text(encoding="utf-8")), file.with_suffix(".md").read_text(encoding="utf-8")
 
 
+def test_networks_that_had_not_finished_learning_are_named() -> None:
+    rows = [
+        {"method": method, "seed": seed, "best_step": step}
+        for method, steps in ((bench.UNET, (300, 300)), (bench.GEOREG, (300, 250)), (bench.ABLATION, (200, 250)))
+        for seed, step in enumerate(steps)
+    ]
+    (said,) = bench.learned_out([*rows, {"method": bench.NOTHING}], 300)
+    assert said.startswith("Best on validation at the very last step: 3 of 6 networks (U-Net 2, GeoReg 1).")
+    (said,) = bench.learned_out(rows, 400)
+    assert said.startswith("Every network was best on validation before")
+    assert bench.learned_out([{"method": bench.NOTHING}], 300) == []
+
+
 def test_a_quick_run_and_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     record, text = run(tmp_path)
     assert text.startswith("Quick mode")
