@@ -153,8 +153,8 @@ TYPED = [
     Typed(
         "05",
         "shipped-after",
-        "(On {} test pairs, in `benchmarks/results/istn_brains_shipped.md`, it ends at {:.2f}; the maps themselves, "
-        "registered with the transform of the table below for 200 steps, at {:.2f}.)",
+        "(On {} test pairs, in `benchmarks/results/istn_brains_shipped.md`, `istn-hippocampus` ends at {:.2f}; the "
+        "maps themselves, registered with the transform of the table below for 200 steps, at {:.2f}.)",
         lambda: (
             benchmark("istn_brains_shipped")["records"][0]["pairs"],
             average("istn_brains_shipped", "dice", way="refined"),
