@@ -214,8 +214,7 @@ def register(
     begun = time.perf_counter()
     on = find_device(device)
     model = model if isinstance(model, Model) else load(model)
-    home = next(model.network.parameters()).device
-    if home != on or isinstance(model.network, KeypointKernel):
+    if {weight.device for weight in model.network.parameters()} - {on} or isinstance(model.network, KeypointKernel):
         # A copy: the caller's stays where it is, and what goes on using a kernel has one that nobody else changes.
         model = replace(model, network=copy.deepcopy(model.network).to(on))
     own = model.refinement
@@ -297,8 +296,8 @@ def writable(folder: str | PathLike[str]) -> Path:
 def find_device(device: torch.device | str) -> torch.device:
     """A device by name, "auto" for a GPU where there is one; a ValueError if there is no such device."""
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:  # by a tensor, whose device has a number where there may be several
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0].rstrip(".").replace(". ", "; ")

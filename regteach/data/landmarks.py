@@ -36,7 +36,9 @@ def landmark_maps(
     """
     if points_mm.ndim != 3 or points_mm.shape[-1] != grid.dim:
         raise ValueError(f"Landmarks are n x k x {grid.dim} numbers, not {' x '.join(map(str, points_mm.shape))}.")
-    distance = torch.cdist(points_mm, flat_points(grid, points_mm.device, points_mm.dtype))  # n k voxels
+    # Not by a product of matrices, which rounds small distances far from the origin.
+    exact = "donot_use_mm_for_euclid_dist"
+    distance = torch.cdist(points_mm, flat_points(grid, points_mm.device, points_mm.dtype), compute_mode=exact)
     if merged:
         distance = distance.amin(1, keepdim=True)
     return shown(distance, width_mm, kind).unflatten(-1, grid.shape)

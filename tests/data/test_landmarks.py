@@ -30,6 +30,16 @@ def test_a_map_depends_on_the_distance_in_mm_alone(dim: int, kind: str) -> None:
             assert float(found[(0, 0, *there)]) == pytest.approx(expected, abs=1e-5)
 
 
+def test_maps_far_from_the_origin_are_as_exact() -> None:
+    near, far = Grid((9, 8, 7)), Grid((9, 8, 7), origin=(-900.0, 700.0, -800.0))
+    points = 0.3 + 6 * torch.rand(1, 30, 3, generator=torch.Generator().manual_seed(0))
+    there = points + torch.tensor(far.origin)
+    for kind in ("blobs", "distances"):
+        torch.testing.assert_close(
+            landmark_maps(there, far, 2.0, kind), landmark_maps(points, near, 2.0, kind), atol=1e-3, rtol=0
+        )
+
+
 @pytest.mark.parametrize("kind", ["blobs", "distances"])
 def test_merged_maps_show_the_nearest(kind: str) -> None:
     torch.manual_seed(0)
