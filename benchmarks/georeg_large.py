@@ -388,13 +388,11 @@ def by_range(name: str, rows: Sequence[Mapping[str, Any]], cohort: Cohort, setup
 
 
 def learned_out(rows: Sequence[Mapping[str, Any]], steps: int) -> list[str]:
-    """Whether the networks had learned what they can: of one that is best at the last step nobody knows."""
+    """Which networks were best at their last step: these were still learning."""
     kept = {(row["method"], row["seed"]): row["best_step"] for row in rows if row["method"] in LEARNED}
     last = [method for (method, _), step in kept.items() if step >= steps]
     if not last:
-        return (
-            ["Every network was best on validation before its last step: it had learned what it could."] if kept else []
-        )
+        return ["Every network was best on validation before its last step."] if kept else []
     who = ", ".join(f"{method} {last.count(method)}" for method in LEARNED if method in last)
     return [
         f"Best on validation at the very last step: {len(last)} of {len(kept)} networks ({who}). These had not "
