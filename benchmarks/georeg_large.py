@@ -1,6 +1,6 @@
 """Large deformations of known truth: who finds them, and who loses the way.
 
-    python -m benchmarks.georeg_large [--quick] [--json FILE] [--sets digits slices] [--seeds 0 1 2] [--steps N]
+    python -m benchmarks.georeg_large [--quick] [--json FILE] [--sets digits slices brains] [--seeds 0 1 2] [--steps N]
 
 Images of test people are read at deformations of five families (:mod:`regteach.data.large`) in three ranges each; every
 method gets the image and its deformed copy, and is measured against the exact truth:
@@ -45,7 +45,7 @@ from regteach.affine import AffineBounds
 from regteach.checkpoints import Config
 from regteach.data.cohort import SPLITS, Cohort
 from regteach.data.large import FAMILIES, RANGES, Deformed, deformed, visible
-from regteach.grid import Grid
+from regteach.grid import Grid, per_axis
 from regteach.nets.georeg import GeoRegConfig
 from regteach.nets.istn import count_parameters
 from regteach.nets.voxelmorph import VoxelMorphConfig
@@ -106,8 +106,8 @@ class Options(networks.Options):
 
     Args:
         recipes: only the methods whose names contain one of these.
-        sets: what is registered: "digits", "slices", "hippocampus" (3D; slow on a CPU).
-        seeds: of the trainings in 2D; volumes take the first.
+        sets: what is registered: "digits", "slices"; in 3D, slow on a CPU, "brains" (whole, 4 mm) and "hippocampus".
+        seeds: of the trainings.
     """
 
     sets: tuple[str, ...] = ("digits", "slices")
@@ -117,15 +117,16 @@ class Options(networks.Options):
 # ---- images ----
 
 
-def padded(cohort: Cohort, by: int) -> Cohort:
-    """The cohort with ``by`` voxels of background on every side, and no pairs of its own."""
+def padded(cohort: Cohort, by: int | Sequence[int]) -> Cohort:
+    """The cohort with ``by`` voxels of background on both sides (of each axis), and no pairs of its own."""
+    sides = [int(n) for n in per_axis(by, cohort.grid.dim, "by")]
 
     def wider(maps: Tensor) -> Tensor:
-        return F.pad(maps, (by,) * (2 * cohort.grid.dim))
+        return F.pad(maps, [n for n in reversed(sides) for _ in range(2)])
 
     return replace(
         cohort, images=wider(cohort.images), soi=wider(cohort.soi), labels=wider(cohort.labels),
-        grid=cohort.grid.padded(by, by), tissue=None, given_pairs={},
+        grid=cohort.grid.padded(sides, sides), tissue=None, given_pairs={},
     )  # fmt: skip
 
 
@@ -329,9 +330,8 @@ def wanted(options: Options) -> list[str]:
 def rows_of(name: str, setup: Setup, options: Options, split: str = "test") -> tuple[list[dict[str, Any]], Cohort]:
     """Means over the pairs of each method, seed, family and range."""
     cohort = setup.load()
-    seeds = options.seeds if cohort.grid.dim == 2 else options.seeds[:1]
     device, rows = torch.device(options.device), []
-    methods = finders(setup, cohort, seeds, options)
+    methods = finders(setup, cohort, options.seeds, options)
     tests = [to_test(cohort, *case, setup.test, split) for case in CASES]
     sides = [list(zip(*test.pairs(split), strict=True)) for test in tests]
     moving, fixed = (
@@ -469,6 +469,10 @@ def _hippocampus() -> Cohort:
     return coarser(networks.load_cohort("hippocampus"), 2)
 
 
+def _brains() -> Cohort:
+    return padded(coarser(networks.load_cohort("brains-by-source"), 2), (0, 2, 0))  # four levels halve it three times
+
+
 _ANY = Grid((8, 8))  # replaced by the grid of the images
 _LEVELS = GeoRegConfig(_ANY, (8, 16, 32, 64), (0, 3, 3, 3), (0, 3, 3), (0, 1, 2, 4))
 _BUDGET = Settings(steps=300, batch=8, rate=2e-3, warmup=30, decay=True, validate_every=100)
@@ -481,6 +485,10 @@ SETUPS = {
     "hippocampus": Setup(
         _hippocampus, replace(_LEVELS, grid=Grid((8, 8, 8))), (16, 32, 64, 80), replace(_BUDGET, batch=1),
         train=50, copies=1, test=6, bending=1.0,
+    ),
+    "brains": Setup(
+        _brains, replace(_LEVELS, grid=Grid((8, 8, 8))), (16, 32, 64, 80), replace(_BUDGET, batch=2),
+        train=20, copies=2, test=4, bending=5.0,
     ),
 }  # fmt: skip
 

@@ -292,14 +292,20 @@ def test_the_table_of_pairs_counts_who_fell_and_who_rose() -> None:
     assert record["fell_after_23"] == 1
 
 
-def test_the_alarm_counts_what_it_finds() -> None:
-    head = {"model": "ISTN-e", "way": "refined"}
+def test_the_alarm_is_set_by_validation_pairs_and_counts_test_pairs() -> None:
+    usual = [{"seed": 0, "each_loss": [0.01 * k for k in range(21)]}, {"seed": 1, "each_loss": [1.0] * 21}]
+    head = {"model": "ISTN-e", "way": "refined", "seed": 0}
     rows = [
-        head | {"change": NONE, "each_tre": [0.5] * 20, "each_loss": [0.01 * k for k in range(20)]},
-        head | {"change": "x", "each_tre": [9.0, 9.0, 0.1, 0.1], "each_loss": [0.5, 0.01, 0.5, 0.01]},
+        head | {"change": NONE, "each_tre": [0.5] * 4, "each_loss": [0.1, 0.1, 0.1, 0.3]},
+        head | {"change": "x", "each_tre": [9.0, 9.0, 0.1, 0.1, 0.1], "each_loss": [0.5, 0.01, 0.5, 0.01, 0.18]},
+        head | {"change": "x", "seed": 1, "each_tre": [9.0, 0.1], "each_loss": [0.5, 0.5]},  # below this one's level
+        head | {"change": "x", "model": "STN-u", "each_tre": [9.0], "each_loss": [0.0]},
     ]
-    assert "found in 50 % of 2 registrations that fail" in istn_stress.alarm(rows)
-    assert "in 9 % of 22 that do not" in istn_stress.alarm(rows)  # one as in training, one false
+    said = istn_stress.alarm(rows, usual)
+    assert "(0.190 to 1.000, by seed)" in said
+    assert "found in 33 % of 3 registrations that fail" in said
+    assert "in 25 % of 4 of changed pairs that do not" in said
+    assert "in 25 % of 4 of test pairs as in training that do not" in said
 
 
 # ---- whole runs, on stand-ins ----

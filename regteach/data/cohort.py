@@ -88,6 +88,11 @@ class Cohort:
     def __len__(self) -> int:
         return len(self.people)
 
+    def __repr__(self) -> str:
+        parts = ", ".join(f"{split} {len(members)}" for split, members in self.splits.items())
+        size = " x ".join(map(str, self.grid.shape))
+        return f"{type(self).__name__}({self.name}: {len(self)} images of {size} voxels: {parts})"
+
     def pairs(self, split: str, count: int | None = None, seed: int = 0) -> tuple[tuple[int, int], ...]:
         """(moving, fixed) indices of one split: the data set's own pairs, or random ones of two different people.
 

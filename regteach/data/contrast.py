@@ -281,25 +281,27 @@ def _widely_blurred(image: Float[Tensor, "*grid"], grid: Grid, sigma_mm: float) 
     pool = F.avg_pool3d if grid.dim == 3 else F.avg_pool2d
     half = pool(image[None, None], 2, ceil_mode=True)[0, 0]
     for axis in range(grid.dim):
-        at = torch.arange(half.shape[axis], device=image.device) * (2 * grid.spacing[axis])
-        weights = _rows(torch.exp(-0.5 * ((at[:, None] - at) / sigma_mm) ** 2))
-        half = torch.tensordot(half, weights, dims=([axis], [1])).movedim(-1, axis)
+        half = _averaged(half, axis, sigma_mm / (2 * grid.spacing[axis]))
     return _enlarged(half, grid)
 
 
 def _blurred(image: Float[Tensor, "*grid"], sigma_vox: float) -> Float[Tensor, "*grid"]:
     """A Gaussian of less than a voxel, two voxels to either side along each axis."""
-    weights = [math.exp(-0.5 * (k / sigma_vox) ** 2) for k in range(3)]
-    total = weights[0] + 2 * weights[1] + 2 * weights[2]
-    for axis, n in enumerate(image.shape):
-        out = image * (weights[0] / total)
-        for k in (1, 2):
-            weight = weights[k] / total
-            if n > k:
-                out.narrow(axis, k, n - k).add_(image.narrow(axis, 0, n - k), alpha=weight)
-                out.narrow(axis, 0, n - k).add_(image.narrow(axis, k, n - k), alpha=weight)
-        image = out
+    for axis in range(image.ndim):
+        image = _averaged(image, axis, sigma_vox, reach=2)
     return image
+
+
+def _averaged(
+    image: Float[Tensor, "*grid"], axis: int, sigma_vox: float, reach: int | None = None
+) -> Float[Tensor, "*grid"]:
+    """Along one axis, a Gaussian average over the voxels that are there: a border is no darker than what is inside."""
+    at = torch.arange(image.shape[axis], device=image.device)
+    apart = (at[:, None] - at).abs()
+    weights = torch.exp(-0.5 * (apart / sigma_vox) ** 2)
+    if reach is not None:
+        weights = weights * (apart <= reach)
+    return torch.tensordot(image, _rows(weights), dims=([axis], [1])).movedim(-1, axis)
 
 
 def _sliced(image: Float[Tensor, "*grid"], grid: Grid, axis: int, thickness_mm: float) -> Float[Tensor, "*grid"]:

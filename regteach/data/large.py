@@ -182,7 +182,7 @@ def visible(transform: Transform, grid: Grid, margin_vox: float = 0.0) -> Bool[T
     return ((at >= margin_vox) & (at <= last - margin_vox)).all(-1)[:, None]
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class Deformed(Cohort):
     """Pairs of an image and its own deformed copy; the other arguments are those of ``Cohort``.
 

@@ -36,7 +36,7 @@ VITREOUS, SCLERA = 0.14, 0.42  # how bright what is above and below is shown
 NOISE = 0.12  # how bright the instrument's noise is shown
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class Retina(Cohort):
     """Two visits of each of many eyes; the other arguments are those of ``Cohort``.
 

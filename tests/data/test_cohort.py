@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from regteach.data.cohort import SPLITS, Cohort, joined, one_hot, split_by_person
+from regteach.data.large import deformed
 from regteach.grid import Grid
 
 STRUCTURES = {2: "b", 7: "c"}
@@ -36,8 +37,11 @@ def ten(grid: Grid) -> Cohort:
     return made(tuple("aabbcdefgh"), {"train": (0, 1, 2, 3, 4), "validation": (5, 6), "test": (7, 8, 9)}, grid)
 
 
-def test_a_cohort_counts_its_images(ten: Cohort) -> None:
+def test_a_cohort_counts_its_images_and_says_so_in_a_line(ten: Cohort) -> None:
     assert len(ten) == 10
+    size = " x ".join(map(str, ten.grid.shape))
+    assert repr(ten) == f"Cohort(made up: 10 images of {size} voxels: train 5, validation 2, test 3)"
+    assert repr(deformed(ten, "rotation", 1)).startswith("Deformed(made up, ")
 
 
 def test_one_hot_has_a_channel_a_structure_in_the_order_given(grid: Grid) -> None:

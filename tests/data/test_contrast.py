@@ -149,10 +149,21 @@ def test_hindbrain_left_out() -> None:
     assert (out == TISSUES["ventral diencephalon"]).any()
 
 
-def test_blur_is_scipys_gaussian_of_radius_two() -> None:
+def test_blur_is_scipys_gaussian_of_radius_two_over_the_voxels_that_are_there() -> None:
     image = torch.rand(14, 11, 9, generator=generator())
-    truth = ndimage.gaussian_filter(image.double().numpy(), 0.7, radius=2, mode="constant")
-    assert np.abs(contrast._blurred(image, 0.7).numpy() - truth).max() < 1e-6
+    of, there = (
+        ndimage.gaussian_filter(x, 0.7, radius=2, mode="constant")
+        for x in (image.double().numpy(), np.ones((14, 11, 9)))
+    )
+    assert np.abs(contrast._blurred(image, 0.7).numpy() - of / there).max() < 1e-6
+    inside = ndimage.gaussian_filter(image.double().numpy(), 0.7, radius=2)[2:-2, 2:-2, 2:-2]
+    assert np.abs(contrast._blurred(image, 0.7).numpy()[2:-2, 2:-2, 2:-2] - inside).max() < 1e-6
+
+
+def test_an_even_tissue_is_as_bright_at_the_border_as_inside() -> None:
+    even = torch.full((12, 10, 8), 0.8)
+    assert torch.allclose(contrast._blurred(even, 0.9), even, atol=1e-6)
+    assert torch.allclose(contrast._widely_blurred(even, Grid((12, 10, 8), 2.0), 3.0), even, atol=1e-6)
 
 
 def test_thick_slices_average_and_interpolate() -> None:
