@@ -8,6 +8,7 @@ the numbers, ``AffineBounds`` makes them from the unbounded outputs of a network
 Source: the stretch along turned axes is the affine of Lee et al., ISTN, MICCAI 2019; the true shears are added here.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -136,12 +137,12 @@ class AffineBounds:
     shear_ratio: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.scale_ratio < 1:
+        if not 1 <= self.scale_ratio < math.inf:
             raise ValueError(f"scale_ratio is a factor of at least 1, not {self.scale_ratio}.")
         for name in ("translation_mm", "rotation_deg", "stretch_axes_deg", "shear_ratio"):
             value = getattr(self, name)
-            if value < 0:
-                raise ValueError(f"{name} says how far a part may go and can not be negative, but it is {value}.")
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{name} says how far a part may go, a number of at least 0, but it is {value}.")
 
     @staticmethod
     def counts(dim: int) -> tuple[int, int, int, int, int]:

@@ -5,7 +5,6 @@ refinement and the card (recipe, data and split, seed, figures, hardware, time),
 in half precision. Reading one runs no code that is in it.
 """
 
-import difflib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -19,6 +18,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from regteach.grid import Grid
+from regteach.names import nearest
 from regteach.nets.blocks import as_tuples, fast_layout
 from regteach.nets.georeg import GeoReg, GeoRegConfig
 from regteach.nets.istn import ISTN, ISTNConfig
@@ -152,8 +152,8 @@ def load(name: str | PathLike[str], device: torch.device | str = "cpu") -> Model
     if str(name) not in ours:
         if path.is_file():
             raise ValueError(f"A checkpoint ends in {SUFFIX}, not as {path.name!r}.")
-        near = difflib.get_close_matches(str(name), ours, 1, 0.0)
-        hint = f"; the nearest is {near[0]!r} (of {', '.join(ours)})" if near else ": no weights ship with this version"
+        near = f"; the nearest is {nearest(str(name), ours)!r} (of {', '.join(ours)})" if ours else ""
+        hint = near or ": no weights ship with this version"
         raise ValueError(f"There is no model {str(name)!r}{hint}.")
     return _read(WEIGHTS / f"{name}{SUFFIX}").to(device)
 
@@ -181,7 +181,9 @@ def _read(path: Path) -> Model:
         built.load_state_dict(weights)
         refinement, card = Refinement(**as_tuples(json.loads(header["refinement"]))), json.loads(header["card"])
         model = Model(header["name"], built.eval().requires_grad_(False), refinement, card)
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        if not isinstance(card, dict) or not isinstance(card.get("recipe", {}), dict):
+            raise ValueError("its card is no card")
+    except (LookupError, TypeError, ValueError, RuntimeError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"{path.name} does not fit this version of the model ({_reason(error)}).") from None
     _check_finite(weights, path.name)
     fast_layout(built, model.dim)

@@ -7,7 +7,7 @@ import sys
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -128,6 +128,8 @@ class Register:
             warnings.simplefilter("ignore", UserWarning)  # they come again as notes
             moving = as_volume(self.moving, "the moving image")
             labels = as_volume(self.labels, "the label map", labels=True) if self.labels else None
+            if labels is not None and not bool(labels.data.any()):
+                raise ValueError(f"The label map {self.labels} is empty: there is nothing to warp.")
             if labels is not None:  # a rehearsal, for one voxel, of what is done to them at the end
                 first = moving.grid.cropped([0] * moving.grid.dim, [1] * moving.grid.dim)
                 Registration(Identity(first.dim), replace(moving, grid=first), moving, {}).warp(labels, order=0)
@@ -156,13 +158,19 @@ class Train:
     """Steps instead of the recipe's."""
     seed: int | None = None
     """Seed instead of the recipe's."""
+    batch: int | None = None
+    """Pairs of one step instead of the recipe's, over all processes: at least one for each."""
+    accumulate: int | None = None
+    """Parts in which such a batch is computed, one after the other: less memory, the same gradient."""
+    precision: Literal["no", "bf16"] | None = None
+    """Instead of the recipe's: no for float32, bf16 for mixed precision."""
 
     def __call__(self) -> int:
         """Run the command and return the exit status."""
         from regteach import recipes, runs
         from regteach.registration import writable
 
-        given = {"steps": self.steps, "seed": self.seed}
+        given = {name: getattr(self, name) for name in ("steps", "seed", "batch", "accumulate", "precision")}
         recipe = recipes.find_recipe(self.recipe, **{key: v for key, v in given.items() if v is not None})
         folder = writable(self.out or Path("runs") / recipe.name)
         runs.run(recipe, folder, lambda record: print(runs.line(record), flush=True))

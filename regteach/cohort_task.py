@@ -13,7 +13,7 @@ from regteach.checkpoints import Model, load, network
 from regteach.data.augment import augmented
 from regteach.data.cohort import Cohort
 from regteach.data.named import load_cohort
-from regteach.evaluation import PairFigures, figures_of, measure, pairs_to_test
+from regteach.evaluation import PairFigures, figures_of, mean_dice, measure, pairs_to_test
 from regteach.grid import Grid
 from regteach.nets.blocks import fast_layout
 from regteach.nets.georeg import GeoRegConfig
@@ -53,6 +53,10 @@ class CohortTask:
         self.judged = self.judged or with_trained_people(self.cohort)
         if not self.judged:
             raise ValueError(f"{self.cohort.name} has nobody to judge the weights by: no validation people.")
+        if not bool(self.cohort.labels[sorted({i for pair in self.judged for i in pair})].any()):
+            raise ValueError(
+                f"No validation image of {self.cohort.name} shows a structure, so none can judge the weights."
+            )
 
     def _check(self) -> None:
         config, cohort, variant = self.recipe.config, self.cohort, self.recipe.variant
@@ -128,8 +132,8 @@ class CohortTask:
     def loss(self, model: nn.Module, items: Sequence[int], device: torch.device) -> dict[str, Tensor]:
         """The variant's terms on random training pairs."""
         drawn = [self._item(number) for number in items]
-        (moving, fixed), (soi_moving, soi_fixed), (_, shown_fixed) = (
-            [torch.cat([item[kind][side] for item in drawn]).to(device) for side in (0, 1)] for kind in (0, 1, 2)
+        (moving, fixed), (soi_moving, soi_fixed) = (
+            [torch.cat([item[kind][side] for item in drawn]).to(device) for side in (0, 1)] for kind in (0, 1)
         )
         grid = self.grid
         recipe, images, soi = self.recipe, (moving, fixed), (soi_moving, soi_fixed)
@@ -140,11 +144,9 @@ class CohortTask:
         if not isinstance(recipe.config, ISTNConfig):
             across = not (isinstance(recipe.config, GeoRegConfig) and recipe.config.supervision == "within")
             if recipe.imitate:
-                bare: Any = getattr(model, "module", model)
-                with torch.no_grad():
-                    pattern = bare.encoders[0](shown_fixed)
                 assert result.pyramids is not None  # a GeoReg in training
-                terms = objectives.alike(result.pyramids[1], pattern)
+                shown, seen = result.pyramids
+                terms = objectives.alike(seen, shown)
             else:
                 terms = objectives.multiscale(
                     result,
@@ -233,26 +235,31 @@ class CohortTask:
         return _named(cohort, pairs, once, refined)
 
     def _item(self, number: int) -> tuple[tuple[Tensor, Tensor], ...]:
-        """A pair's images, their structures, and the images as they serve as a pattern: moving and fixed of each."""
+        """A pair's images and their structures, moving and fixed of each; a twin and its image where one imitates."""
         generator = torch.Generator().manual_seed(self.recipe.settings.seed * 1_000_000_007 + number)
         pair = self.pairs[int(torch.randint(len(self.pairs), (), generator=generator))]
-        moving = self._side(pair[0], generator, pair[0])
-        fixed = self._side(pair[1], generator, self.cohort.twin(pair[1]))
+        if self.recipe.imitate:
+            moving, fixed = self._twins(pair[1], generator)
+        else:
+            moving, fixed = (self._side(index, generator) for index in pair)
         return tuple((a[self.seen], b[self.seen]) for a, b in zip(moving, fixed, strict=True))
 
-    def _side(self, index: int, generator: torch.Generator, twin: int) -> tuple[Tensor, Tensor, Tensor]:
-        """An image and its structures, changed at random; and its twin, moved in the same way, nothing else."""
-        cohort, changes = self.cohort, self.recipe.augmentation
+    def _side(self, index: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """An image and its structures, changed at random."""
+        cohort = self.cohort
         tissue = None if cohort.tissue is None else cohort.tissue[[index]]
         image, soi = cohort.images[[index]], cohort.soi[[index]]
+        return augmented(image, soi, cohort.grid, self.recipe.augmentation, generator, tissue, cohort.synthesis)
+
+    def _twins(self, index: int, generator: torch.Generator) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """An image's twin, moved at random, and the image, moved in the same way and its greys changed at random."""
         before = generator.get_state()
-        seen, maps = augmented(image, soi, cohort.grid, changes, generator, tissue, cohort.synthesis)
-        if not self.recipe.imitate:
-            return seen, maps, seen
+        seen = self._side(index, generator)
         again = torch.Generator()
         again.set_state(before)
-        moved_only = replace(changes, gamma=0.0, bias=0.0, noise=0.0, blur_mm=0.0, synthetic=0.0)
-        return seen, maps, augmented(cohort.images[[twin]], soi, cohort.grid, moved_only, again)[0]
+        moves = replace(self.recipe.augmentation, gamma=0.0, lift=0.0, bias=0.0, noise=0.0, blur_mm=0.0)
+        twin, soi = self.cohort.images[[self.cohort.twin(index)]], self.cohort.soi[[index]]
+        return augmented(twin, soi, self.cohort.grid, moves, again), seen
 
 
 def with_trained_people(cohort: Cohort) -> tuple[tuple[int, int], ...]:
@@ -288,7 +295,7 @@ def _names(cohort: Cohort) -> dict[str, list[str]]:
 
 def _before(cohort: Cohort, pairs: Sequence[tuple[int, int]]) -> float:
     """Mean Dice of pairs as they are."""
-    return sum(figures_of(cohort, *pair, Identity(cohort.grid.dim)).dice for pair in pairs) / len(pairs)
+    return mean_dice([figures_of(cohort, *pair, Identity(cohort.grid.dim)) for pair in pairs])
 
 
 def _named(

@@ -3,6 +3,7 @@
 Labels are warped by nearest voxel; Dice is the mean over the structures. Labels are used here and nowhere in inference.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -57,8 +58,13 @@ def measure(
         if refinement is not None:
             result = refine(model, result, cohort.grid, refinement).result
         rows.append(figures_of(cohort, moving, fixed, result.transform, device))
-    means = {name: sum(getattr(row, name) for row in rows) / len(rows) for name in ("dice", "folding_percent")}
-    return means, rows
+    return {"dice": mean_dice(rows), "folding_percent": sum(row.folding_percent for row in rows) / len(rows)}, rows
+
+
+def mean_dice(rows: Sequence[PairFigures]) -> float:
+    """Over the pairs that show a structure: where neither of two label maps has one, there is no Dice (nan)."""
+    known = [row.dice for row in rows if not math.isnan(row.dice)]
+    return sum(known) / len(known) if known else math.nan
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ and implicit); GeoReg: Sideri-Lampretsa et al., arXiv 2412.13294, eqs 8 to 10; b
 18 (1999), eq. 2.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -199,6 +200,9 @@ def multiscale(
         weights: w of each level, finest first; 1 each where left out.
         across: False lets no gradient pass from an output to the levels above its own (an ablation).
         window_vox: width of the windows of local NCC, voxels of each output's own grid.
+
+    Raises:
+        ValueError: if a level has no weight, or the weights make no sense.
     """
     compare = _similarity(similarity, window_vox)
     stiffness = bending if isinstance(bending, Sequence) else (bending,) * grid.shape[0].bit_length()
@@ -207,6 +211,8 @@ def multiscale(
     for found in outputs:
         own = found.grid if isinstance(found, Dense) else grid
         level = (grid.shape[0] // own.shape[0]).bit_length() - 1
+        if level >= min(len(stiffness), len(weights) if weights else level + 1):
+            raise ValueError(f"Level {level} has no weight: {weights} of the images, {bending} of the bending energy.")
         moving, fixed = (averaged(image, 2**level) for image in result.features)
         errors.append(compare(warp(moving, found, own), fixed))
         if stiffness[level]:
@@ -214,6 +220,8 @@ def multiscale(
         else:
             energies.append(torch.zeros_like(errors[-1]))
         given.append(float(weights[level]) if weights else 1.0)
+    if not all(0 <= number < math.inf for number in (*given, *stiffness)) or not sum(given) > 0:
+        raise ValueError(f"Weights are numbers of 0 or more, and one of an output is above 0: {weights}, {bending}.")
     shares = torch.tensor(given).to(errors[0]) / sum(given)
     # Not as a product of matrices, which mixed precision would round.
     terms = {"image": (torch.stack(errors, -1) * shares).sum(-1)}

@@ -21,7 +21,7 @@ def on_contrasts(model: Model, moving: Float[Tensor, "1 c *grid"], fixed: Float[
     if seen == [1, 0]:
         told.append("These two look exchanged: register them the other way round.")
     elif seen != [0, 1]:
-        told.append(f"Both look like {(first, second)[seen[0]]}: this model is not meant for two of a kind.")
+        told.append("The two look like one contrast: this model is not meant for two of a kind.")
     return told
 
 

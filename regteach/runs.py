@@ -102,7 +102,7 @@ def evaluate(model: Model, pairs: int = 50, steps: int | None = None) -> dict[st
     Raises:
         ValueError: if the card does not say on what the model was trained.
     """
-    if "recipe" not in model.card:
+    if "data" not in model.card.get("recipe", {}):
         raise ValueError(f"The card of {model.name} does not say on what it was trained.")
     return task_of(model.network.config).evaluate(model, pairs, steps)
 

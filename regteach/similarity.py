@@ -20,7 +20,6 @@ al., Towards realtime multimodal fusion for image-guided interventions using sel
 as in the authors' published code.
 """
 
-import difflib
 import itertools
 from collections.abc import Callable, Sequence
 
@@ -32,6 +31,7 @@ from torch.autograd.function import FunctionCtx
 
 from regteach import bspline
 from regteach.grid import per_axis
+from regteach.names import nearest
 
 Image = Float[Tensor, "b c *grid"]
 Range = tuple[float, float]
@@ -207,8 +207,11 @@ def mind_descriptor(image: Image, radius_vox: int = 2, dilation_vox: int = 2) ->
     scale = differences.mean(1, keepdim=True)
     typical = scale.mean(tuple(range(1, dim + 2)), keepdim=True)
     scale = torch.minimum(torch.maximum(scale, typical / 1000), typical * 1000)
-    # A constant image has scale 0 and differences 0: any positive number makes their ratio 0.
-    scale = scale.clamp_min(torch.finfo(scale.dtype).tiny)
+    # A constant image has scale 0 and differences 0: any positive number makes their ratio 0. One that is constant up
+    # to rounding (it was read between its voxels) has differences that are rounding: they are no scale.
+    told = torch.finfo(scale.dtype)
+    rounding = told.eps * single.detach().abs().amax(tuple(range(1, dim + 2)), keepdim=True)
+    scale = torch.maximum(scale, rounding.square().clamp_min(told.tiny))
     return torch.exp(differences * (-1 / scale)).reshape(batch, channels * len(pairs), *shape)
 
 
@@ -266,7 +269,7 @@ def dissimilarity(name: str, **options: object) -> Dissimilarity:
         ValueError: for an unknown name, with the nearest known one.
     """
     if name not in _DISSIMILARITIES:
-        near = difflib.get_close_matches(name, _DISSIMILARITIES, n=1, cutoff=0.0)[0]
+        near = nearest(name, _DISSIMILARITIES)
         raise ValueError(
             f"There is no dissimilarity {name!r}; the nearest is {near!r}, and all are {', '.join(_DISSIMILARITIES)}."
         )

@@ -16,6 +16,7 @@ from benchmarks import networks, tables
 from benchmarks.pairwise import Optimisation, optimised
 from regteach.affine import Affine, AffineBounds
 from regteach.checkpoints import Model, save_model
+from regteach.cohort_task import CohortTask
 from regteach.data.cohort import Cohort
 from regteach.data.large import deformed
 from regteach.grid import Grid
@@ -82,7 +83,7 @@ def test_a_training_step_leaves_the_network_alone(cohort: Cohort) -> None:
     recipe = bench.recipe_of("retina", cohort, quick=True)
     network: Any = networks.untrained(recipe.config)
     before = {key: value.clone() for key, value in network.state_dict().items()}
-    bench.training_step(network, recipe, cohort.images[:1], cohort.images[1:2], cohort.grid)
+    bench.training_step(network, CohortTask(recipe, cohort), CPU)
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
     assert all(p.grad is None for p in network.parameters())
 
@@ -165,15 +166,17 @@ def test_a_quick_run(tmp_path: Path) -> None:
 
 
 def test_without_weights_the_rest_is_measured_and_with_them_all(
-    cohort: Cohort, stand_ins: None, tmp_path: Path
+    cohort: Cohort, stand_ins: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    whole = replace(networks.find_recipe("georeg-hippocampus"), middle=())  # the stand-ins are small and flat
+    monkeypatch.setattr(networks, "find_recipe", lambda name: whole)
     arguments = ["--device", "cpu", "--parts", "hippocampus", "--pairs", "2", "--weights", str(tmp_path)]
     (table,) = bench.main(arguments)["tables"]
     assert [row[0] for row in table["rows"]] == [bench.NOTHING, bench.AFFINE, bench.SPLINES, bench.GREEDY]
     (missing,) = [note for note in table["notes"] if "no weights" in note]
     assert "georeg-hippocampus.safetensors" in missing
     assert one_sentence(ValueError(missing))
-    recipe = bench.recipe_of("retina", cohort, quick=True)
+    recipe = bench.recipe_of("hippocampus", cohort, quick=True)
     network: Any = networks.untrained(recipe.config)
     model = Model("georeg-hippocampus", network, replace(recipe.refinement, steps=2))
     save_model(tmp_path / "georeg-hippocampus.safetensors", model)

@@ -212,6 +212,7 @@ def bad_lines(files: Path) -> dict[str, tuple[list[str], str]]:
     moving, fixed = pairs.pair(2, Motion.of(2))
     write(files / "other.nii.gz", (fixed > 0.3).astype(np.uint8), FIXED[2])
     write(files / "half.nii.gz", moving, MOVING[2])
+    write(files / "empty.nii.gz", np.zeros(moving.shape, np.uint8), MOVING[2])
     write(files / "solid.nii.gz", np.random.default_rng(0).random((12, 12, 12)), affine=np.eye(4))
     (files / "text.nii.gz").write_text("this is no image")
     (files / "model2.safetensors").write_bytes((files / "model.safetensors").read_bytes()[:999])
@@ -225,6 +226,7 @@ def bad_lines(files: Path) -> dict[str, tuple[list[str], str]]:
         "3D": ([*line[:2], "solid.nii.gz", *line[3:]], "is 3D"),
         "labels on another grid": ([*line, "--labels", "other.nii.gz"], "must be on the moving image's grid"),
         "labels that are none": ([*line, "--labels", "half.nii.gz"], "no label map"),
+        "no labels in it": ([*line, "--labels", "empty.nii.gz"], "is empty: there is nothing to warp"),
         "no such labels": ([*line, "--labels", "none.nii.gz"], "no file none.nii.gz"),
         "negative steps": ([*line[:-1], "-5"], "0 steps or more"),
         "no such device": ([*line, "--device", "abacus"], "no device 'abacus'"),
@@ -242,6 +244,7 @@ def bad_lines(files: Path) -> dict[str, tuple[list[str], str]]:
         "3D",
         "labels on another grid",
         "labels that are none",
+        "no labels in it",
         "no such labels",
         "negative steps",
         "no such device",
@@ -345,9 +348,11 @@ def test_evaluate_measures_on_the_device_that_it_is_told(
 
 
 def test_train_takes_steps_seed_and_folder(tiny: Recipe, tmp_path: Path) -> None:
-    assert cli.main(["train", "istn-tiny", "--steps", "1", "--seed", "4", "--out", "here"]) == 0
+    more = ["--steps", "1", "--seed", "4", "--batch", "6", "--accumulate", "3", "--precision", "bf16"]
+    assert cli.main(["train", "istn-tiny", *more, "--out", "here"]) == 0
     settings = load(tmp_path / "here" / "istn-tiny.safetensors").card["recipe"]["settings"]
     assert (settings["steps"], settings["seed"]) == (1, 4)
+    assert (settings["batch"], settings["accumulate"], settings["precision"]) == (6, 3, "bf16")
     assert not (tmp_path / "runs").exists()
 
 
@@ -361,6 +366,7 @@ def test_train_and_evaluate_refuse_in_one_sentence(tiny: Recipe, tmp_path: Path,
         ("train istn-tree-affine-implicit", "the nearest is 'istn-trees-affine-implicit'"),
         ("train istn-tiny --out file", "is a file"),
         ("train istn-tiny --steps 0", "at least 1, not 0"),
+        ("train istn-tiny --batch 3 --accumulate 2", "does not divide into 2 equal parts"),
         ("train istn-tiny --steps 2", "other settings"),
         ("evaluate istn-nothing", "no model 'istn-nothing'"),
         ("evaluate bare.safetensors", "does not say on what it was trained"),

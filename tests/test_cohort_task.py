@@ -1,5 +1,6 @@
 """Training that starts from weights that ship, and levels that join late or count less."""
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -224,6 +225,10 @@ def test_a_structure_that_nobody_shows_is_said_before_training() -> None:
     CohortTask(recipe, cohort)
     two = replace(cohort, soi=torch.cat([cohort.soi, 0 * cohort.soi], 1), structures={1: "all", 2: "none"})
     given = [(recipe, replace(cohort, soi=0 * cohort.soi), "No training image of noise shows all.")]
+    judges = cohort.labels.clone()
+    judges[list(cohort.splits["validation"])] = 0
+    said = "No validation image of noise shows a structure, so none can judge the weights."
+    given.append((recipe, replace(cohort, labels=judges), said))
     given.append((replace(recipe, config=replace(MAPS, structures=2)), two, "No training image of noise shows none."))
     for asked, shown, says in given:
         with pytest.raises(ValueError) as error:
@@ -318,6 +323,12 @@ def test_the_loss_over_levels_is_the_average_that_it_says(similarity: str) -> No
             expected = sum(w * value for w, value in zip(shares, values, strict=True)) / sum(shares)
             torch.testing.assert_close(terms[key], expected)
     assert "bending" not in objectives.multiscale(result, grid, similarity, (0.0, 0.0, 0.0), weights)
+    for wrong in ({"weights": (1.0,)}, {"bending": (1.0,)}):
+        with pytest.raises(ValueError, match="has no weight"):
+            objectives.multiscale(result, grid, similarity, **wrong)
+    for wrong in ({"weights": (0.0,) * 3}, {"weights": (1.0, -1.0, 1.0)}, {"bending": math.nan}):
+        with pytest.raises(ValueError, match="numbers of 0 or more, and one of an output is above 0"):
+            objectives.multiscale(result, grid, similarity, **wrong)
 
 
 @pytest.mark.parametrize(
@@ -400,13 +411,13 @@ def test_what_is_imitated_is_the_person_in_the_contrast_of_the_moving_one_moved_
     alike = replace(cohort, images=plain.images[[0, 1, 0, 1, 2]])
     same = CohortTask(quiet.recipe, alike)
     for number in range(6):
-        seen, _, shown = noisy._item(number)
-        _, _, clean = quiet._item(number)
-        assert torch.equal(shown[0], clean[0])  # the first that is drawn: noise takes random numbers, too
-        assert not torch.equal(seen[0], shown[0])
-        seen, _, shown = same._item(number)
-        assert all(torch.equal(a, b) for a, b in zip(seen, shown, strict=True))
-        assert torch.equal(shown[1], clean[1])
+        (shown, seen), _ = noisy._item(number)
+        (clean, _), _ = quiet._item(number)
+        assert torch.equal(shown, clean)
+        assert not torch.equal(seen, shown)
+        (shown, seen), _ = same._item(number)
+        assert torch.equal(seen, shown)
+        assert torch.equal(shown, clean)
 
 
 def test_only_the_second_encoder_is_trained_and_it_comes_to_see_what_the_first_sees() -> None:

@@ -1,5 +1,7 @@
 """Measuring: Dice by hand for shifts by whole voxels, labels never shown to the model, and which pairs are measured."""
 
+import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,7 @@ from truths.pairs import Motion, blobs
 
 from regteach.affine import Affine
 from regteach.data.cohort import Cohort, one_hot
-from regteach.evaluation import figures_of, measure, pairs_to_test
+from regteach.evaluation import figures_of, mean_dice, measure, pairs_to_test
 from regteach.grid import Grid
 from regteach.metrics import folding_percent
 from regteach.nets.istn import ISTN, AffineStage, ISTNConfig
@@ -54,6 +56,17 @@ class Fixed:
     def __call__(self, moving: Tensor, fixed: Tensor, grid: Grid) -> Any:
         self.shown.append((moving, fixed, grid))
         return Result(self.transform, (moving, fixed), ())
+
+
+def test_a_pair_that_shows_no_structure_has_no_dice_and_takes_it_from_nobody(grid: Grid) -> None:
+    people = cohort(grid)
+    labels = people.labels.clone()
+    labels[[3, 4]] = 0
+    some = replace(people, labels=labels)
+    means, rows = measure(Fixed(Identity(grid.dim)), some, [(0, 1), (3, 4)])
+    assert means["dice"] == rows[0].dice == figures_of(some, 0, 1, Identity(grid.dim)).dice
+    assert math.isnan(rows[1].dice)
+    assert math.isnan(mean_dice(rows[1:]))
 
 
 @pytest.mark.parametrize("voxels", [(0, 0, 0), (1, 0, -2), (-2, 3, 1)])

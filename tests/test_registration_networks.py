@@ -83,7 +83,7 @@ def test_a_model_for_two_contrasts_says_which_is_which_and_whether_they_look_exc
     exchanged = regteach.register(negative, positive, model=model).report["notes"]
     assert exchanged == [told, "These two look exchanged: register them the other way round."]
     alike = regteach.register(negative, negative, model=model).report["notes"]
-    assert alike[:2] == [told, "Both look like a negative: this model is not meant for two of a kind."]
+    assert alike[:2] == [told, "The two look like one contrast: this model is not meant for two of a kind."]
     assert asked == [[True, True]] * 3
     one = Model("one", GeoReg(replace(config, encoders=1)).eval())
     assert regteach.register(positive, negative, model=one).report["notes"] == []

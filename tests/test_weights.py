@@ -11,7 +11,9 @@ from regteach import checkpoints, objectives, runs
 from regteach.checkpoints import available, load
 from regteach.cohort_task import MOST_NAMED, CohortTask
 from regteach.data.cohort import Cohort
-from regteach.data.named import COHORTS, load_cohort
+from regteach.data.modalities import load_mni_contrasts, load_mni_pair
+from regteach.data.named import BRAINS, COHORTS, load_cohort
+from regteach.data.volumes import Volume
 from regteach.evaluation import figures_of, measure, pairs_to_test
 from regteach.nets.istn import count_parameters
 from regteach.recipes import RECIPES
@@ -129,10 +131,13 @@ def test_where_nothing_has_to_move_little_does_on_the_structures(name: str) -> N
         assert any(note.startswith("The two images are the same") for note in report["notes"])
 
 
+STILL_T1T2_MM = 4.0  # the same for the two contrasts of one brain
+
+
 def test_the_model_of_two_contrasts_knows_real_ones() -> None:
-    """T1 and T2 of the MNI template: real images, of which training saw none."""
+    """T1 and T2 of the MNI template: real images, of which training saw none; at the spacing of the model."""
     try:
-        cohort = load_cohort("mni-t1t2")
+        cohort = load_mni_contrasts(2.0, BRAINS.shape)
     except FileNotFoundError as error:
         pytest.skip(f"the MNI template in two contrasts is not here: {error}")
     encoders = list(load("georeg-brains-t1t2").network.encoders)
@@ -140,6 +145,51 @@ def test_the_model_of_two_contrasts_knows_real_ones() -> None:
     with torch.no_grad():
         assert objectives.contrasts_seen(encoders, moving, fixed).tolist() == [[0, 1]]
         assert objectives.contrasts_seen(encoders, fixed, moving).tolist() == [[1, 0]]
+
+
+FRAMED = 0.04  # of Dice: what the scale, the frame and a first alignment of the centres may cost
+
+
+@each_on_a_cohort()
+def test_files_are_registered_as_well_as_the_arrays_that_a_card_is_about(name: str) -> None:
+    """``register`` scales and frames what it reads; training and cards use images that are scaled already."""
+    cohort, model = cohort_of(name), load(name)
+    moving, fixed = pairs_to_test(cohort)[0]
+    with torch.no_grad():
+        direct = model.network(cohort.images[[moving]], cohort.images[[fixed]], cohort.grid).transform
+    read = register(*((cohort.images[i, 0].numpy(), cohort.grid) for i in (moving, fixed)), model).mapping
+    once, through = (figures_of(cohort, moving, fixed, found).dice for found in (direct, read))
+    assert through > once - FRAMED
+
+
+TWO = ("takes T1 as the moving image", "look exchanged", "look like one contrast")
+
+
+def remarks(moving: Volume | tuple, fixed: Volume | tuple) -> list[bool]:
+    """Which of the three remarks on two contrasts a registration makes."""
+    notes = register(moving, fixed, "georeg-brains-t1t2").report["notes"]
+    return [any(part in note for note in notes) for part in TWO]
+
+
+def test_drawn_contrasts_and_their_order_are_known_through_register() -> None:
+    cohort = cohort_of("georeg-brains-t1t2")
+    for pair in pairs_to_test(cohort)[:2]:
+        t1, t2 = ((cohort.images[i, 0].numpy(), cohort.grid) for i in pair)
+        assert remarks(t1, t2) == [True, False, False]
+        assert remarks(t2, t1) == [True, True, False]
+        assert remarks(t2, t2) == [True, False, True]
+
+
+def test_real_contrasts_and_their_order_are_known_through_register() -> None:
+    """T1 and T2 of the MNI template, 1 mm. Nothing has to move; how much does is a fact about these weights."""
+    try:
+        (t1, t2), prepared = load_mni_pair(), load_mni_contrasts(2.0, BRAINS.shape)
+    except FileNotFoundError as error:
+        pytest.skip(f"the MNI template in two contrasts is not here: {error}")
+    assert remarks(t1, t2) == [True, False, False]
+    assert remarks(t2, t1) == [True, True, False]
+    moved = displacement(register(t1, t2, "georeg-brains-t1t2").mapping, prepared.grid)[0].norm(dim=-1)
+    assert float(moved[prepared.labels[0] > 0].mean()) < STILL_T1T2_MM
 
 
 @each_other()

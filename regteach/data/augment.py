@@ -26,6 +26,9 @@ class Augmentation:
         warp_mm: largest displacement of a smooth, fold-free deformation.
         warp_spacing_mm: its length scale.
         gamma: contrast, intensity ** (exp of a uniform number up to this).
+        lift: how far the darkest signal may be lifted above the background, or by a quarter of that put down to it,
+            x -> l + (1 - l) x with l from -lift / 4 to lift: a few dark voxels at the rim of a brain put the lower end
+            of the scale far below its tissues, and without them it is among these.
         bias: amplitude of a smooth multiplicative field, in its logarithm.
         noise: largest standard deviation of Gaussian noise.
         blur_mm: largest standard deviation of a blur.
@@ -42,6 +45,7 @@ class Augmentation:
     warp_mm: float = 0.0
     warp_spacing_mm: float = 16.0
     gamma: float = 0.0
+    lift: float = 0.0
     bias: float = 0.0
     noise: float = 0.0
     blur_mm: float = 0.0
@@ -49,7 +53,9 @@ class Augmentation:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            least, most = {"scale_ratio": (1.0, math.inf), "synthetic": (0.0, 1.0)}.get(name, (0.0, math.inf))
+            least, most = {"scale_ratio": (1.0, math.inf), "synthetic": (0.0, 1.0), "lift": (0.0, 1.0)}.get(
+                name, (0.0, math.inf)
+            )
             if not least <= value <= most or math.isinf(value):
                 raise ValueError(f"{name} of an augmentation is from {least:g} to {most:g}, not {value}.")
         if self.warp_spacing_mm == 0:
@@ -121,6 +127,9 @@ def intensities(
         image = smooth(image, settings.blur_mm * draw(), grid)
     if settings.gamma:
         image = image.clamp(0, 1) ** float(torch.tensor((2 * draw() - 1) * settings.gamma).exp())
+    if settings.lift:
+        low = settings.lift * (1.25 * draw() - 0.25)
+        image = low + (1 - low) * image
     if settings.bias:
         coarse = grid.resized((4,) * grid.dim)
         field = settings.bias * (2 * torch.rand((1, 1, *coarse.shape), generator=generator) - 1)

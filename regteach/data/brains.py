@@ -211,16 +211,21 @@ def load_oasis(
         limit: read this many scans, the first by name; all 414 at 2 mm would fill 25 GB.
 
     Raises:
-        FileNotFoundError: if there is none.
+        FileNotFoundError: if there is none, or one has a scan without labels or labels without a scan.
         ValueError: for an unknown ``sides`` or ``align``.
     """
     grid = brain_grid(spacing_mm, shape)
     people: list[_Person] = []
-    for path in _files("neurite-oasis-3d", "**/aligned_seg35.nii.gz")[:limit]:
-        head = _Head(read_volume(path, labels=True), OASIS_NUMBERS, read_volume(path.with_name("aligned_norm.nii.gz")))
+    scans, maps = "aligned_norm.nii.gz", "aligned_seg35.nii.gz"
+    found = [*_files("neurite-oasis-3d", f"**/{scans}"), *_files("neurite-oasis-3d", f"**/{maps}")]
+    for folder in sorted({path.parent for path in found})[:limit]:
+        for name, what in ((scans, "scan"), (maps, "label map")):
+            if not (folder / name).exists():
+                raise FileNotFoundError(f"{folder.name} of neurite-oasis-3d has no {what} ({name}).")
+        head = _Head(read_volume(folder / maps, labels=True), OASIS_NUMBERS, read_volume(folder / scans))
         fine = head.on(grid, align)
         # A folder is called OASIS_OAS1_0001_MR1: the person is OAS1_0001.
-        name = path.parent.name.removeprefix("OASIS_").rsplit("_MR", 1)[0]
+        name = folder.name.removeprefix("OASIS_").rsplit("_MR", 1)[0]
         people.append(_person(name, fine, _tissue(fine, OASIS_TISSUES), grid, sides, seed))
     origin = f"{len(people)} real T1 scans (neurite-OASIS), labels by FreeSurfer."
     return _cohort("neurite-oasis-3d", people, grid, sides, origin, _dealt(people, seed))

@@ -73,6 +73,8 @@ def read_bscan(picture: str | Path, spacing_mm: Sequence[float], table: str | Pa
     """
     path = Path(picture)
     values = _picture(path)
+    if len(spacing_mm) != 2:
+        raise ValueError(f"A B-scan has two distances, of its rows and of its columns, mm, not {tuple(spacing_mm)}.")
     grid = Grid(values.shape, tuple(spacing_mm))
     try:
         image = normalised(torch.from_numpy(values)[None, None])

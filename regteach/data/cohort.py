@@ -4,6 +4,7 @@ Every data set of the course that registers one person to another is a :class:`C
 same benchmarks and the same lessons read them all. A cohort is in memory, on the CPU, and never changes.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from regteach.grid import Grid
 
+ROUNDING = 1e-3  # how far an SoI that was interpolated or averaged may be outside of [0, 1]
 SPLITS = ("train", "validation", "test")
 Synthesis = Callable[[Int[Tensor, "b *grid"], Grid, torch.Generator], Float[Tensor, "b 1 *grid"]]
 
@@ -39,7 +41,8 @@ class Cohort:
             every image is its own where left out.
 
     Raises:
-        ValueError: if the shapes do not fit, or a person is in two splits.
+        ValueError: if the shapes do not fit, a number is not finite or an SoI outside of [0, 1], or a person is in two
+            splits.
     """
 
     name: str
@@ -70,6 +73,12 @@ class Cohort:
         for name, size in sizes.items():
             if tuple(size) != shape or len(getattr(self, name)) != n:
                 raise ValueError(f"The {name} of {self.name} do not fit {n} images on a grid of {shape} voxels.")
+        for name, values in (("images", self.images), ("SoI", self.soi)):
+            low, high = (float(end) for end in values.aminmax()) if values.numel() else (0.0, 0.0)
+            if not (math.isfinite(low) and math.isfinite(high)):  # aminmax passes a nan on
+                raise ValueError(f"The {name} of {self.name} hold numbers that are not finite.")
+            if name == "SoI" and not -ROUNDING <= low <= high <= 1 + ROUNDING:
+                raise ValueError(f"The SoI of {self.name} go from {low:g} to {high:g}: they lie between 0 and 1.")
         if self.soi.shape[1] != len(self.structures):
             raise ValueError(
                 f"{self.name} names {len(self.structures)} structures, but its SoI has {self.soi.shape[1]} channels."

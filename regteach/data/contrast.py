@@ -205,8 +205,9 @@ def _plain(
     tissue = torch.where(tissue >= OUTSIDE, 0, tissue)
     image = _blended(means[tissue], tissue, grid, 0.3) + 0.03 * (tissue > 0) * _grain(grid, dice)
     image = _blurred(image, 0.5) * _bias_field(grid, 0.03, (80.0, 80.0), dice)
-    image = _scaled(image + 0.012 * dice.randn(*grid.shape))
-    return (image * (tissue > 0))[None]
+    image = image + 0.012 * dice.randn(*grid.shape)
+    # Masked before the scale is chosen, as any image is read: what is outside is no signal.
+    return (_scaled(image * (tissue > 0)) * (tissue > 0))[None]
 
 
 def _means(config: Contrast, dice: _Dice) -> Float[Tensor, "tissues"]:

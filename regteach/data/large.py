@@ -19,7 +19,6 @@ brownian`), which folds a third of space at the same amplitude. The numbers of t
 :data:`RANGES` are ours; the smallest noise is the amplitude of its authors' code.
 """
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -33,6 +32,7 @@ from regteach.affine import Affine, AffineBounds
 from regteach.data.cohort import Cohort
 from regteach.data.deformations import fractal, random_affine
 from regteach.grid import Grid
+from regteach.names import nearest
 from regteach.sampling import grid_points, warp
 from regteach.transforms import Compose, FreeForm, Transform, displacement
 
@@ -297,7 +297,7 @@ def _copy(cohort: Cohort, index: int, transform: Transform, seed: int, noise: fl
 
 def _known(name: str, table: dict[str, T], what: str) -> T:
     if name not in table:
-        near = difflib.get_close_matches(name, table, n=1, cutoff=0.0)[0]
+        near = nearest(name, table)
         raise ValueError(
             f"There is no {what} {name!r}; the nearest is {near!r}, and the others are {', '.join(table)}."
         )

@@ -51,10 +51,7 @@ MATTER = {1: "grey matter", 2: "white matter"}
 
 def t2_like(tissue: Int[Tensor, "b *grid"], grid: Grid, generator: torch.Generator) -> Float[Tensor, "b 1 *grid"]:
     """A plausible, skull-stripped T2 of each tissue map, in [0, 1]; arguments as in :func:`contrast.synthesise`."""
-    image = t1_like(tissue, grid, generator, T2)  # from 0, the darkest tissue, to 1
-    # White matter is nearly the darkest tissue of a T2, but not as dark as the background.
-    darkest = min(value for value in T2.values() if value > 0)
-    return torch.where((tissue > 0)[:, None], darkest + (1 - darkest) * image, 0)
+    return t1_like(tissue, grid, generator, T2)
 
 
 def two_contrasts(cohort: Cohort, seed: int = 0, moving: str = "T1") -> Cohort:

@@ -3,13 +3,13 @@
 A data set's own module is imported when it is asked for, not before.
 """
 
-import difflib
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
 
 from regteach.data.cohort import Cohort, joined
 from regteach.grid import Grid
+from regteach.names import nearest
 
 BRAINS = Grid((64, 72, 64), (2.0,))
 
@@ -138,6 +138,6 @@ def load_cohort(name: str) -> Cohort:
 def known(name: str, table: dict, what: str):  # type: ignore[no-untyped-def]
     """The entry of a table, or a ValueError that names the nearest one."""
     if name not in table:
-        near = difflib.get_close_matches(name, table, 1, 0.0)
-        raise ValueError(f"There is no {what} {name!r}; the nearest is {near[0]!r} (of {', '.join(table)}).")
+        near = nearest(name, table)
+        raise ValueError(f"There is no {what} {name!r}; the nearest is {near!r} (of {', '.join(table)}).")
     return table[name]

@@ -67,8 +67,8 @@ class GeoRegConfig:
         moves: "points" (coordinates move, steps add up), or "features": the moving features are resampled at the points
             instead, looked at from their rest positions, and steps are composed. For comparison.
         interpolation: of the parents' motion: "learned", or "linear" alone. For comparison.
-        supervision: "across" levels, or "within": then no gradient passes from a level to the one before it. For
-            comparison.
+        supervision: "across" levels, or "within": then no gradient passes from a level to the motion found before it
+            (the parents' features, which an interpolation reads, it still trains). For comparison.
         carry: hand the parents' features h down too, not only their positions.
         smoothing_vox: standard deviation of a Gaussian that smooths the displacement of a step, voxels of its level; 0,
             as in the paper, leaves each point to itself. Smoothed, a point inside of one tissue, where nothing tells it
@@ -105,10 +105,11 @@ class GeoRegConfig:
             raise ValueError(f"Iterations are one number for each of the {levels} levels, or none at all.")
         if not self.steps[-1]:
             raise ValueError("The coarsest level has nothing to interpolate from: it has a window, and takes a step.")
-        if min((*self.windows, *self.parents, *self.iterations)) < 0 or any(
-            width % 2 or width < 2 for width in self.widths
-        ):
-            raise ValueError("Windows and iterations are not negative, and widths are even numbers of at least 2.")
+        whole = (*self.windows, *self.parents, *self.iterations, self.slab)
+        if not all(isinstance(n, int) and n >= 0 for n in whole):
+            raise ValueError(f"Windows, iterations and the slab are whole numbers of 0 or more, not {whole}.")
+        if any(width % 2 or width < 2 for width in self.widths):
+            raise ValueError("Widths are even numbers of at least 2.")
         if not 0 <= self.smoothing_vox < math.inf:
             raise ValueError(f"A smoothing is a finite number of voxels of 0 or more, not {self.smoothing_vox}.")
         for name, options in (("moves", MOVES), ("interpolation", INTERPOLATIONS), ("supervision", SUPERVISIONS)):

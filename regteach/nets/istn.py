@@ -16,6 +16,7 @@ Registration, MICCAI 2019, section 2; the public architecture as its code has it
 stages, bounds in millimetres, normalisation, and a B-spline head that sees where it is.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -36,6 +37,17 @@ from regteach.transforms import Dense, FreeForm, Transform
 RIGID = AffineBounds(translation_mm=20.0, rotation_deg=45.0, scale_ratio=1.0, stretch_axes_deg=0.0, shear_ratio=0.0)
 
 
+def _check_counts(config: Any, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} is a number of at least 1, not {getattr(config, name)}.")
+
+
+def _check_widths(widths: tuple[int, ...]) -> None:
+    if not widths or min(widths) < 1:
+        raise ValueError(f"A network has channels at one level or more, but its widths are {widths}.")
+
+
 @dataclass(frozen=True)
 class AffineStage:
     """An affine step: a vector of the two maps, a hidden layer, and one number for each part that may move.
@@ -51,6 +63,10 @@ class AffineStage:
     widths: tuple[int, ...] = (16, 32, 32)
     hidden: int = 64
 
+    def __post_init__(self) -> None:
+        _check_counts(self, "hidden")
+        _check_widths(self.widths)
+
 
 @dataclass(frozen=True)
 class SplineStage:
@@ -65,6 +81,12 @@ class SplineStage:
     control_mm: float = 8.0
     limit_mm: float | None = None
     widths: tuple[int, ...] = (16, 32, 32)
+
+    def __post_init__(self) -> None:
+        for name, value in (("control_mm", self.control_mm), ("limit_mm", self.limit_mm)):
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} is a length above 0 mm, not {value}.")
+        _check_widths(self.widths)
 
 
 Stage = AffineStage | SplineStage
@@ -95,6 +117,9 @@ class ISTNConfig:
     flat: bool = False
 
     def __post_init__(self) -> None:
+        _check_counts(self, "channels", "structures", "shrink")
+        if self.itn:
+            _check_widths(self.itn)
         moves = [isinstance(s, SplineStage) or _moving_parts(s.bounds, self.grid.dim) for s in self.stages]
         if not moves or not all(moves):
             raise ValueError("An ISTN needs at least one stage, and every stage something that it may move.")

@@ -117,6 +117,6 @@ def _by_adam(turned: Sequence[Tensor], now: Callable[[int], Tensor], settings: R
             if keeper.note(losses, [z.detach() for z in turned]) or count == settings.steps:
                 break
             optimiser.zero_grad()
-            losses.sum().backward()
+            losses.sum().backward(inputs=list(turned))  # and not into the network that made the steps
             optimiser.step()
     return keeper

@@ -243,6 +243,21 @@ def test_gamma_is_a_power_within_bounds(grid: Grid) -> None:
     assert 0.35 < max(powers) <= 0.5
 
 
+def test_a_lift_leaves_white_where_it_is_and_the_background_black(grid: Grid) -> None:
+    image = 0.1 + 0.9 * torch.rand(1, 1, *grid.shape)
+    image[..., 0] = 0.0
+    lows = []
+    for seed in range(40):
+        result = intensities(image, grid, Augmentation(lift=0.5), seeded(seed))
+        assert not result[..., 0].any()
+        shown = (result > 0) & (image < 0.95)
+        low = ((result - image) / (1 - image))[shown].double()
+        torch.testing.assert_close(low, low.median().expand_as(low), atol=1e-3, rtol=0)
+        lows.append(float(low.median()))
+    assert -0.125 <= min(lows) < -0.08
+    assert 0.45 < max(lows) <= 0.5
+
+
 def test_a_bias_field_is_smooth_and_within_bounds(grid: Grid) -> None:
     image = torch.full((1, 1, *grid.shape), 0.4)
     largest = 0.0

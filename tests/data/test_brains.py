@@ -253,6 +253,12 @@ def test_oasis_reads_real_scans_and_keeps_a_person_together(root: Path) -> None:
     linear = (image > 0.02) & (image < 0.98)
     assert np.corrcoef(image[linear], own_x[linear])[0, 1] > 0.999
     assert len(load_oasis(4.0, (20, 22, 20), limit=2)) == 2
+    for name, what in (("aligned_seg35.nii.gz", "label map"), ("aligned_norm.nii.gz", "scan")):
+        there = root / "neurite_oasis_3d" / names[1] / name
+        there.rename(there.with_suffix(".away"))
+        with pytest.raises(FileNotFoundError, match=f"OASIS_OAS1_0002_MR1 of neurite-oasis-3d has no {what}"):
+            load_oasis(4.0, (20, 22, 20))
+        there.with_suffix(".away").rename(there)
 
 
 def test_colin_has_no_accumbens(root: Path) -> None:

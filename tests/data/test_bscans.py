@@ -59,6 +59,12 @@ def test_the_same_picture_in_any_form(tmp_path: Path, kind: str):
     torch.testing.assert_close(read_bscan(path, SPACING).image, read_bscan(reference, SPACING).image, rtol=0, atol=1e-5)
 
 
+def test_rows_and_columns_have_a_distance_each(tmp_path: Path):
+    image, _ = write(tmp_path)
+    with pytest.raises(ValueError, match="two distances, of its rows and of its columns"):
+        read_bscan(image, (0.004,))
+
+
 def test_what_a_table_does_not_know_has_no_label(tmp_path: Path):
     image, table = write(tmp_path)
     fields = [[f"{v}" for v in row] for row in DEPTHS]

@@ -44,6 +44,23 @@ def test_a_cohort_counts_its_images_and_says_so_in_a_line(ten: Cohort) -> None:
     assert repr(deformed(ten, "rotation", 1)).startswith("Deformed(made up, ")
 
 
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"soi": 208.0}, "go from 0 to 208: they lie between 0 and 1"),
+        ({"soi": -1.0}, "go from -1 to"),
+        ({"soi": float("nan")}, "The SoI of made up hold numbers that are not finite"),
+        ({"images": float("inf")}, "The images of made up hold numbers that are not finite"),
+    ],
+)
+def test_numbers_that_make_no_sense_are_refused(ten: Cohort, change: dict[str, float], says: str) -> None:
+    ((name, number),) = change.items()
+    values = torch.zeros_like(getattr(ten, name))
+    values[0, 0, ...] = number
+    with pytest.raises(ValueError, match=says):
+        dataclasses.replace(ten, **{name: values})
+
+
 def test_one_hot_has_a_channel_a_structure_in_the_order_given(grid: Grid) -> None:
     labels = torch.randint(0, 8, (3, *grid.shape))
     soi = one_hot(labels, {7: "c", 2: "b"})

@@ -243,6 +243,18 @@ def test_refinement_lowers_the_loss(mode: str) -> None:
     assert again < 1.1 * once
 
 
+def test_a_call_that_was_recorded_is_refined_as_one_that_was_not_and_the_network_learns_nothing() -> None:
+    network, settings = model(2, 0.3), Refinement(4, rate=0.05)
+    moving, fixed, _ = pair(2)
+    recorded = network(moving, fixed, GRIDS[2])
+    assert recorded.transform(flat_points(GRIDS[2])).requires_grad
+    with torch.no_grad():
+        plain = network(moving, fixed, GRIDS[2])
+    refined = [refine(network, result, GRIDS[2], settings) for result in (recorded, plain)]
+    assert torch.equal(refined[0].curve, refined[1].curve)
+    assert all(weight.grad is None for weight in network.parameters())
+
+
 def test_the_loss_of_turned_weights_is_that_of_the_result() -> None:
     """A rate so high that the last step is not the best one; weights also decide where the field is stiff."""
     moving, fixed, _ = pair(2)
