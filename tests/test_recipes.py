@@ -136,7 +136,7 @@ def test_the_loss_is_that_of_the_variant(flat: Cohort, variant: str, names: set[
     assert all(value.shape == (3,) for value in terms.values())
     # Item by item, from what was drawn.
     for k, number in enumerate([3, 8, 4]):
-        images, soi, _ = task._item(number)
+        images, soi = task._item(number)
         result = model(*images, FLAT)
         expected = objectives.istn(variant, result, images, soi, FLAT, recipe.bending, recipe.coarsen)
         for name, value in terms.items():
@@ -193,7 +193,7 @@ def test_training_pairs_are_of_two_training_people(flat: Cohort) -> None:
 def test_structures_are_those_of_the_images(flat: Cohort) -> None:
     task = CohortTask(recipe_for(FLAT), flat)
     for number in range(20):
-        images, soi, _ = task._item(number)
+        images, soi = task._item(number)
         for side in (0, 1):
             assert torch.equal(soi[side], flat.soi[[whose(images[side], flat)]])
 
