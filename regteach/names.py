@@ -7,8 +7,8 @@ from difflib import SequenceMatcher
 def nearest(name: str, known: Iterable[str]) -> str:
     """The known name that has most of a wrong one in it, letters in their order; of several, the most similar.
 
-    A plain ratio of similarity would punish long names: "trees" is all of a part of "istn-trees-affine-explicit", and
-    yet has a better ratio with "retina". Single letters that happen to agree do not count.
+    A plain ratio of similarity would punish long names: "trees" is a part of "istn-trees-affine-explicit", and yet
+    has a better ratio with "istn-slices". Single letters that happen to agree do not count.
 
     Args:
         name: what was given.
