@@ -334,12 +334,47 @@ def refinement(
         levels: of the pyramid, at most.
     """
     moving, fixed = features
-    warped = warp(moving, transform, grid, focus.grid if focus else grid)
-    if focus:
-        warped, fixed = warped * focus.mask, fixed[(slice(None), slice(None), *focus.voxels)] * focus.mask
-    levels = len(_pyramid(fixed, levels))
-    whole = zip(_pyramid(moving, levels), _pyramid(features[1], levels), strict=True)
-    return pyramid_mse(warped, fixed, levels, [scale_of(m, f) for m, f in whole])
+    warped, seen = _looked_at(features, transform, grid, focus)
+    levels = len(_pyramid(seen, levels))
+    whole = zip(_pyramid(moving, levels), _pyramid(fixed, levels), strict=True)
+    return pyramid_mse(warped, seen, levels, [scale_of(m, f) for m, f in whole])
+
+
+class MapLoss:
+    """:func:`refinement` of one transform after the other: what does not move is averaged and measured once.
+
+    It knows again the maps that it was given last, and takes them for constants: whoever changes their numbers in
+    place makes a new one.
+    """
+
+    def __init__(self, levels: int = LEVELS) -> None:
+        self.levels = levels
+        self._given: tuple[object, ...] = ()
+
+    def __call__(
+        self, features: tuple[Tensor, Tensor], transform: Transform, grid: Grid, focus: Focus | None = None
+    ) -> Float[Tensor, "b"]:
+        """As :func:`refinement`, with the levels of this loss."""
+        given = (*features, focus)
+        warped, seen = _looked_at(features, transform, grid, focus)
+        if not self._given or any(new is not old for new, old in zip(given, self._given, strict=True)):
+            self._fixed = _pyramid(seen.detach(), self.levels)
+            both = (_pyramid(maps, len(self._fixed)) for maps in features)
+            self._scales = [scale_of(m, f) for m, f in zip(*both, strict=True)]
+            self._given = given
+        levels = zip(_pyramid(warped, len(self._fixed)), self._fixed, self._scales, strict=True)
+        return torch.stack([relative_mse(*level) for level in levels]).mean(0)
+
+
+def _looked_at(
+    features: tuple[Tensor, Tensor], transform: Transform, grid: Grid, focus: Focus | None
+) -> tuple[Tensor, Tensor]:
+    """M' o T and F', of the whole grid or of the part in focus, where it is looked at."""
+    moving, fixed = features
+    if focus is None:
+        return warp(moving, transform, grid), fixed
+    part = fixed[(slice(None), slice(None), *focus.voxels)]
+    return warp(moving, transform, grid, focus.grid) * focus.mask, part * focus.mask
 
 
 def image_refinement(
@@ -369,7 +404,7 @@ def at_test_time(model: Any, window_vox: int = WINDOW, levels: int = LEVELS) -> 
     similarity = getattr(getattr(model, "config", None), "similarity", None)
     if similarity:
         return partial(image_refinement, similarity=similarity, window_vox=window_vox)
-    return partial(refinement, levels=levels)
+    return MapLoss(levels)
 
 
 def regulariser(steps: tuple[Step, ...], grid: Grid, bending: float) -> Terms:
@@ -382,7 +417,7 @@ def regulariser(steps: tuple[Step, ...], grid: Grid, bending: float) -> Terms:
     if any(step.join is not composed for step in steps):
         built = [assemble(steps)]
     else:
-        built = [step.build(step.parameters) for step in steps]
+        built = [step.transform for step in steps]
     energies = [e for transform in built if (e := _bending(transform, grid)) is not None]
     return {"bending": bending * torch.stack(energies).sum(0)} if energies else {}
 

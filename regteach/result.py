@@ -10,9 +10,10 @@ so that each step sees the moving image already warped by the steps before it.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -40,6 +41,20 @@ class Step:
     build: Callable[[Tensor], Transform]
     join: Callable[[Transform, Transform], Transform] = composed
     own_pairs: bool = False
+
+    @property
+    def transform(self) -> Transform:
+        """What this step does by itself, fixed to moving, mm: ``build(parameters)``, made once and then remembered.
+
+        So the parameters are replaced (``dataclasses.replace``), and not changed in place.
+        """
+        if self.parameters.requires_grad and not torch.is_grad_enabled():
+            return self.build(self.parameters)  # without the slopes that somebody may want later
+        return self._remembered
+
+    @cached_property
+    def _remembered(self) -> Transform:
+        return self.build(self.parameters)
 
 
 def dense_step(displacement: Float[Tensor, "b *grid d"], grid: Grid) -> Step:
@@ -78,9 +93,9 @@ def assemble(steps: Sequence[Step], parameters: Sequence[Tensor] | None = None) 
 
 def after_each(steps: Sequence[Step], parameters: Sequence[Tensor] | None = None) -> tuple[Transform, ...]:
     """The transforms after the first step, after the first two, and so on."""
-    given = [step.parameters for step in steps] if parameters is None else parameters
+    if parameters is not None:
+        steps = [replace(step, parameters=z) for step, z in zip(steps, parameters, strict=True)]
     found: list[Transform] = []
-    for step, z in zip(steps, given, strict=True):
-        own = step.build(z)
-        found.append(step.join(found[-1], own) if found else own)
+    for step in steps:
+        found.append(step.join(found[-1], step.transform) if found else step.transform)
     return tuple(found)

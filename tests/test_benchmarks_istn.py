@@ -255,6 +255,23 @@ def test_brains(tmp_path: Path) -> None:
     assert "2 test pairs, 2 test people, 1 split(s)" in fewer["tables"][0]["title"]
 
 
+def test_what_the_distance_to_the_ceiling_is_made_of(tmp_path: Path) -> None:
+    """The first row of each transform is the ceiling of Table 1; the second differs by its maps alone."""
+    record, _ = run(istn_brains.main, tmp_path, "--parts", "gap")
+    (table,) = record["tables"]
+    assert [row[:2] for row in table["rows"]] == [
+        [kind, maps] for kind in ("affine", "B-spline") for maps in ("SoI itself", "as the ITN draws it")
+    ]
+    found = {(r["kind"], r["maps"]): r["dice"] for r in record["records"]}
+    first, _ = run(istn_brains.main, tmp_path, "--parts", "hippocampus", "--recipes", "explicit")
+    for row in first["records"]:
+        if row["model"] == "SoI itself":
+            assert found[row["kind"], "SoI itself"] == row["dice"]
+    # An ITN that has learned nothing draws nothing, and nothing moves.
+    still = next(row["dice"] for row in first["records"] if row["model"] == "Id")
+    assert found["affine", "as the ITN draws it"] == pytest.approx(still, abs=1e-6)
+
+
 def test_table_one_over_seeds(tmp_path: Path) -> None:
     chosen = ("--parts", "donors", "--recipes", "affine-explicit", "--folds", "1", "--seeds", "0", "1")
     record, _ = run(istn_brains.main, tmp_path, *chosen)
@@ -448,10 +465,11 @@ def test_a_table_without_data_is_a_sentence(
 
 def test_weights_that_do_not_ship_are_a_sentence(cohort: Cohort, tmp_path: Path) -> None:
     options = istn_brains.Options(weights=tmp_path, device="cpu")
-    (table,), records = istn_brains.as_shipped("istn-hippocampus", cohort, options)
-    assert not records
-    assert not table.rows
-    assert "no weights istn-hippocampus.safetensors" in table.notes[0]
+    for part in (istn_brains.as_shipped, istn_brains.gap):
+        (table,), records = part("istn-hippocampus", cohort, options)
+        assert not records
+        assert not table.rows
+        assert "no weights istn-hippocampus.safetensors" in table.notes[0]
 
 
 @pytest.mark.parametrize(

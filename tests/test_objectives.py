@@ -1,6 +1,7 @@
 """Losses by hand: closed forms, plain formulas of the four variants, gradients, and what they are blind to."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -273,6 +274,28 @@ def test_the_gradient_at_test_time_is_that_of_the_loss(grid):
 
     shift = torch.full((grid.dim,), 0.3, dtype=F64, requires_grad=True)
     assert gradcheck(loss, shift, eps=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("dim", [2, 3])
+def test_what_is_remembered_of_the_maps_changes_no_number(dim):
+    """Several transforms of the same maps, of others, and of a part of them, against the plain form; slopes too."""
+    grid = Grid((24, 16, 32)[:dim], (1.0, 1.5, 2.0)[:dim])
+    torch.manual_seed(dim)
+    ours = objectives.MapLoss(3)
+    nothing = Affine(torch.eye(dim, dtype=F64)[None], torch.zeros(1, dim, dtype=F64), torch.zeros(dim, dtype=F64))
+    for batch in (1, 3):
+        pair = (maps(grid, batch), maps(grid, batch))
+        part = tuple(slice(0, 8) for _ in range(dim))
+        inside = Grid((8,) * dim, grid.spacing, grid.origin)
+        focus = Focus(part, inside, (torch.rand(len(pair[0]), 1, *inside.shape) > 0.3).to(F64))
+        for where in (None, focus, focus, None):
+            for _ in range(2):
+                by = torch.rand(1, dim, dtype=F64).requires_grad_()
+                transform = replace(nothing, translation=by)
+                found, plain = ours(pair, transform, grid, where), refinement(pair, transform, grid, where, 3)
+                torch.testing.assert_close(found, plain, rtol=1e-12, atol=0)
+                slopes = [torch.autograd.grad(loss.sum(), by)[0] for loss in (found, plain)]
+                torch.testing.assert_close(slopes[0], slopes[1], rtol=1e-10, atol=1e-14)
 
 
 # Looking at a part only

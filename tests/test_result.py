@@ -72,6 +72,32 @@ def test_other_parameters_in_the_place_of_the_steps_own():
     assert torch.equal(own(points), assemble(steps)(points))
 
 
+def test_what_a_step_does_is_made_once():
+    made = []
+
+    def counted(z: Tensor) -> Affine:
+        made.append(z)
+        return shift(z)
+
+    step = Step(torch.ones(1, 1), counted)
+    result = Result(assemble((step, ONE_MM)), (torch.zeros(1), torch.zeros(1)), (step, ONE_MM))
+    assert result.up_to(1) is step.transform
+    assert len(made) == 1
+    other = dataclasses.replace(step, parameters=torch.full((1, 1), 2.0))  # another step, another transform
+    torch.testing.assert_close(other.transform(ORIGIN)[0, 0], torch.tensor([2.0, 0.0]))
+    assert len(made) == 2
+
+
+def test_what_was_made_without_slopes_is_not_remembered():
+    z = torch.ones(1, 1, requires_grad=True)
+    step = Step(z, shift)
+    with torch.no_grad():
+        assemble((step,))
+    assemble((step,))(ORIGIN)[..., 0].sum().backward()
+    assert z.grad is not None
+    assert z.grad.item() == 1
+
+
 def test_a_parameter_too_few_is_an_error():
     with pytest.raises(ValueError):
         assemble((QUARTER, ONE_MM), [torch.zeros(1, 1)])

@@ -101,7 +101,7 @@ class VoxelMorph(nn.Module):
         check_pair(moving, fixed, self.config.channels, grid)
         field = self.out(F.relu(self.unet(torch.cat([moving, fixed], 1)))).float().movedim(1, -1)
         step = Step(field * max(grid.spacing), partial(_built, grid=grid, config=self.config))
-        return Result(step.build(step.parameters), (moving, fixed), (step,))
+        return Result(step.transform, (moving, fixed), (step,))
 
     def align(self, moving: Tensor, fixed: Tensor, grid: Grid) -> Result:
         """The same as a call: what refinement compares are the images themselves."""

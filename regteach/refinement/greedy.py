@@ -67,7 +67,7 @@ def refine_greedily(
         for count in range(steps + 1):
             with torch.enable_grad():
                 step = dense_step(near.requires_grad_(), box)
-                transform = step.build(near)
+                transform = step.transform
                 if watch is not None:
                     now = Dense(_put(found, part, near), here)
                     watch(sum(map(len, curves)) - level + count, now)
