@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regteach import objectives, plotting, regularity
+from regteach import contrasts, objectives, plotting, regularity
 from regteach.checkpoints import Model, load, network
 from regteach.data.augment import augmented
 from regteach.data.cohort import Cohort
@@ -146,7 +146,7 @@ class CohortTask:
             if recipe.imitate:
                 assert result.pyramids is not None  # a GeoReg in training
                 shown, seen = result.pyramids
-                terms = objectives.alike(seen, shown)
+                terms = contrasts.alike(seen, shown)
             else:
                 terms = objectives.multiscale(
                     result,
@@ -171,12 +171,12 @@ class CohortTask:
         return ({"alike": self._alike(model, device)} if self.recipe.imitate else {}) | found
 
     def _alike(self, model: Any, device: torch.device) -> float:
-        """1 - :func:`objectives.alike`, in the mean over the fixed images of validation people and their twins."""
+        """1 - :func:`contrasts.alike`, in the mean over the fixed images of validation people and their twins."""
         pyramids = [
             [model.encoders[which](self.cohort.images[[index]].to(device)) for which, index in ((1, f), (0, twin))]
             for f, twin in ((f, self.cohort.twin(f)) for f in sorted({fixed for _, fixed in self.judged}))
         ]
-        errors = [float(objectives.alike(seen, shown)["features"]) for seen, shown in pyramids]
+        errors = [float(contrasts.alike(seen, shown)["features"]) for seen, shown in pyramids]
         return 1 - sum(errors) / len(errors)
 
     def picture(self, model: nn.Module, device: torch.device) -> bytes | None:

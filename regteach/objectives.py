@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
-from torch import Tensor, nn
+from jaxtyping import Float
+from torch import Tensor
 
 from regteach import regularity
 from regteach.affine import Affine
@@ -226,46 +226,6 @@ def multiscale(
     # Not as a product of matrices, which mixed precision would round.
     terms = {"image": (torch.stack(errors, -1) * shares).sum(-1)}
     return terms | ({"bending": (torch.stack(energies, -1) * shares).sum(-1)} if any(stiffness) else {})
-
-
-def alike(
-    seen: Sequence[Float[Tensor, "b c *level"]], shown: Sequence[Float[Tensor, "b c *level"]]
-) -> dict[str, Float[Tensor, "b"]]:
-    """How far an encoder's features of an image are from those of another encoder, of the same anatomy in its contrast.
-
-    :func:`relative_mse` of each level, averaged over the levels; the features that are imitated are constants.
-
-    Args:
-        seen: a pyramid of features, finest first.
-        shown: what they should be.
-    """
-    pairs = [(a.float(), b.detach().float()) for a, b in zip(seen, shown, strict=True)]  # half precision can not add up
-    errors = [relative_mse(a, b, scale_of(b, b)) for a, b in pairs]
-    return {"features": torch.stack(errors).mean(0)}
-
-
-@torch.no_grad()
-def contrasts_seen(
-    encoders: Sequence[nn.Module], moving: Float[Tensor, "b c *grid"], fixed: Float[Tensor, "b c *grid"]
-) -> Int[Tensor, "b 2"]:
-    """Which of two encoders suits the moving, and which the fixed image: those two whose features agree best.
-
-    Each encoder draws the same features of the same anatomy in its own contrast, so they agree on two images in the
-    contrasts that they know, also where these are not aligned yet.
-
-    Args:
-        encoders: of the first and of the second contrast; each gives a pyramid of features.
-        moving: the moving image.
-        fixed: the fixed image.
-
-    Returns:
-        Of each pair the numbers of two encoders, 0 or 1: (0, 1) is the order in which the model takes its images,
-        (1, 0) the other way round, and two equal numbers are two images of one contrast.
-    """
-    first, second = ([encoder(image) for encoder in encoders] for image in (moving, fixed))
-    orders = [(0, 1), (1, 0), (0, 0), (1, 1)]
-    apart = torch.stack([alike(second[j], first[i])["features"] for i, j in orders])
-    return torch.tensor(orders, device=apart.device)[apart.argmin(0)]
 
 
 def _each_by_itself(steps: Sequence[Step]) -> tuple[Transform, ...]:

@@ -39,7 +39,7 @@ class Recipe:
         window_vox: width of the windows in which local NCC compares images in training, voxels of each level's grid.
         coarse_first: the finest levels of a GeoReg join late, one after each of these numbers of steps: cheaper.
         imitate: the second of two encoders learns to see in its contrast what the first sees in that of the twin;
-            nothing else is trained (:func:`regteach.objectives.alike`).
+            nothing else is trained (:func:`regteach.contrasts.alike`).
         resting: parts of the network that keep the weights they start with, by the names of its modules: where one part
             has learned all that these people can teach it, and another has not.
         middle: voxels an axis of the middle of the images, to which training looks; all where left out. Cheaper, where

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from regteach import objectives
+from regteach import contrasts
 from regteach.checkpoints import Model
 from regteach.nets.georeg import GeoReg
 
@@ -17,7 +17,7 @@ def on_contrasts(model: Model, moving: Float[Tensor, "1 c *grid"], fixed: Float[
         return []
     first, second = model.network.config.contrasts or ("the first contrast", "the second contrast")
     told = [f"{model.name} takes {first} as the moving image and {second} as the fixed image."]
-    seen = objectives.contrasts_seen(list(model.network.encoders), moving, fixed)[0].tolist()
+    seen = contrasts.contrasts_seen(list(model.network.encoders), moving, fixed)[0].tolist()
     if seen == [1, 0]:
         told.append("These two look exchanged: register them the other way round.")
     elif seen != [0, 1]:

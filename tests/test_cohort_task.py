@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from truths.fields import one_sentence
 
-from regteach import cohort_task, objectives
+from regteach import cohort_task, contrasts, objectives
 from regteach.checkpoints import Model, network
 from regteach.cohort_task import CohortTask, start_from
 from regteach.data.augment import Augmentation
@@ -392,11 +392,11 @@ def in_two_contrasts() -> Cohort:
 def test_features_that_are_alike_cost_nothing_and_none_at_all_cost_one() -> None:
     torch.manual_seed(0)
     shown = [torch.rand(3, 4, 16, 16), torch.rand(3, 8, 8, 8)]
-    torch.testing.assert_close(objectives.alike(shown, shown)["features"], torch.zeros(3))
-    torch.testing.assert_close(objectives.alike([0 * f for f in shown], shown)["features"], torch.ones(3))
+    torch.testing.assert_close(contrasts.alike(shown, shown)["features"], torch.zeros(3))
+    torch.testing.assert_close(contrasts.alike([0 * f for f in shown], shown)["features"], torch.ones(3))
     # Of a batch whose second level alone is off by a tenth of itself, half of a hundredth.
     off = [shown[0], 1.1 * shown[1]]
-    torch.testing.assert_close(objectives.alike(off, shown)["features"], torch.full((3,), 0.005), rtol=1e-4, atol=0)
+    torch.testing.assert_close(contrasts.alike(off, shown)["features"], torch.full((3,), 0.005), rtol=1e-4, atol=0)
 
 
 def test_what_is_imitated_is_the_person_in_the_contrast_of_the_moving_one_moved_alike_and_without_noise() -> None:

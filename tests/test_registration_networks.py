@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import regteach
-from regteach import objectives
+from regteach import contrasts
 from regteach.checkpoints import Model, load, save_model
 from regteach.grid import Grid
 from regteach.nets.georeg import GeoReg, GeoRegConfig
@@ -74,7 +74,7 @@ def test_a_model_for_two_contrasts_says_which_is_which_and_whether_they_look_exc
         asked.append([encoder is own for encoder, own in zip(encoders, network.encoders, strict=True)])
         return torch.tensor([[int(image.mean() > 0.5) for image in (moving, fixed)]])
 
-    monkeypatch.setattr(objectives, "contrasts_seen", contrasts_seen)
+    monkeypatch.setattr(contrasts, "contrasts_seen", contrasts_seen)
     right = regteach.register(positive, negative, model=model, refine=2).report
     (told,) = right["notes"]
     assert told == "both takes a positive as the moving image and a negative as the fixed image."

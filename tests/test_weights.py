@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 import torch
 
-from regteach import checkpoints, objectives, runs
+from regteach import checkpoints, contrasts, runs
 from regteach.checkpoints import available, load
 from regteach.cohort_task import MOST_NAMED, CohortTask
 from regteach.data.cohort import Cohort
@@ -143,8 +143,8 @@ def test_the_model_of_two_contrasts_knows_real_ones() -> None:
     encoders = list(load("georeg-brains-t1t2").network.encoders)
     moving, fixed = (cohort.images[[i]] for i in cohort.pairs("test")[0])
     with torch.no_grad():
-        assert objectives.contrasts_seen(encoders, moving, fixed).tolist() == [[0, 1]]
-        assert objectives.contrasts_seen(encoders, fixed, moving).tolist() == [[1, 0]]
+        assert contrasts.contrasts_seen(encoders, moving, fixed).tolist() == [[0, 1]]
+        assert contrasts.contrasts_seen(encoders, fixed, moving).tolist() == [[1, 0]]
 
 
 FRAMED = 0.04  # of Dice: what the scale, the frame and a first alignment of the centres may cost

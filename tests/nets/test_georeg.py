@@ -12,7 +12,7 @@ from scipy.ndimage import gaussian_filter
 from torch import Tensor
 from truths.fields import one_sentence
 
-from regteach import objectives
+from regteach import contrasts, objectives
 from regteach.checkpoints import Model, load, save_model
 from regteach.grid import Grid
 from regteach.nets.blocks import upsampled
@@ -266,10 +266,10 @@ def test_contrasts_are_seen_whichever_way_they_come() -> None:
             convolution.weight.neg_()
     image = images(FLAT, batch=3)[0]
     elsewhere = image.roll(1, -1)  # not aligned yet
-    assert objectives.contrasts_seen(net.encoders, image, -elsewhere).tolist() == [[0, 1]] * 3
-    assert objectives.contrasts_seen(net.encoders, -elsewhere, image).tolist() == [[1, 0]] * 3
-    assert objectives.contrasts_seen(net.encoders, image, elsewhere).tolist() == [[0, 0]] * 3
-    assert objectives.contrasts_seen(net.encoders, -image, -elsewhere).tolist() == [[1, 1]] * 3
+    assert contrasts.contrasts_seen(net.encoders, image, -elsewhere).tolist() == [[0, 1]] * 3
+    assert contrasts.contrasts_seen(net.encoders, -elsewhere, image).tolist() == [[1, 0]] * 3
+    assert contrasts.contrasts_seen(net.encoders, image, elsewhere).tolist() == [[0, 0]] * 3
+    assert contrasts.contrasts_seen(net.encoders, -image, -elsewhere).tolist() == [[1, 1]] * 3
 
 
 def test_one_level_is_a_network_too() -> None:
