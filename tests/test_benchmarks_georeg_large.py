@@ -94,6 +94,21 @@ def test_the_optimisations_find_what_is_planted(cohort: Cohort) -> None:
     assert bench.figures(one, [(0, 1)], read(both))["error"][0] < 1.8
 
 
+@pytest.mark.parametrize("at_once", [1, 2, 5])
+def test_few_pairs_at_once_are_those_of_all_at_once(cohort: Cohort, at_once: int) -> None:
+    """One transform for all of a batch, or one for each: every pair has its own row."""
+    moving = cohort.images[:5]
+    fixed = torch.arange(5.0).reshape(5, 1, 1, 1).expand_as(moving)
+
+    def by_its_number(some: Tensor, others: Tensor) -> Dense:
+        return Dense(others[:, 0, ..., None].expand(-1, *GRID.shape, 2), GRID)
+
+    field = bench.fields(by_its_number, moving, fixed, GRID, at_once)
+    assert torch.equal(field, fixed[:, 0, ..., None].expand(-1, *GRID.shape, 2))
+    still = bench.fields(lambda some, others: Identity(2), moving, fixed, GRID, at_once)
+    assert torch.equal(still, torch.zeros(5, *GRID.shape, 2))
+
+
 def test_people_stay_apart_and_families_have_equal_parts(cohort: Cohort) -> None:
     pool = bench.mixture(cohort, 2, 2)
     assert len(pool.given_pairs["train"]) == 2 * len(bench.CASES)
