@@ -1,6 +1,7 @@
 """Other people's tools behind our interface: a known motion comes back with its sign, axes and millimetres."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +9,11 @@ import pytest
 import torch
 from truths.fields import one_sentence
 
+from benchmarks import networks
 from benchmarks import other_tools as bench
 from benchmarks.classical import TOOLS, Tool
 from regteach.affine import Affine
+from regteach.data.cohort import Cohort
 from regteach.grid import Grid
 from regteach.sampling import grid_points, warp
 from regteach.transforms import displacement
@@ -92,3 +95,41 @@ def test_a_tool_that_is_not_here_is_named_and_has_no_row(monkeypatch: pytest.Mon
 def test_every_part_names_models_that_ship() -> None:
     for names in bench.MODELS.values():
         assert all((bench.WEIGHTS / f"{name}.safetensors").exists() for name in names)
+
+
+def test_every_test_person_meets_colin_both_ways(monkeypatch: pytest.MonkeyPatch) -> None:
+    brains = networks.stand_in(Grid((16, 16, 16), (2.0,)), people=6)
+    assert list(brains.structures) == [1, 2]
+    # Colin has no second structure, and is one person on the grid of the others.
+    person = networks.stand_in(brains.grid, people=6)
+    colin = replace(
+        person,
+        images=person.images[:1],
+        soi=person.soi[:1, :1],
+        labels=torch.where(person.labels[:1] == 1, 1, 0),
+        people=("colin",),
+        structures={1: person.structures[1]},
+        splits={"train": (), "validation": (), "test": (0,)},
+        origin="One real T1.",
+        given_pairs={},
+    )
+    asked = []
+
+    def load_colin(*where: object, sides: str) -> Cohort:
+        asked.append((*where, sides))
+        return colin
+
+    monkeypatch.setattr(bench, "load_colin", load_colin)
+    both = bench.beside_colin(brains)
+    assert asked == [(2.0, (16, 16, 16), "merged")]
+    tested = [brains.people[i] for i in brains.splits["test"]]
+    assert list(both.people) == [*tested, "colin"]
+    assert {tuple(both.people[i] for i in pair) for pair in networks.pairs_to_test(both, 50)} == {
+        pair for name in tested for pair in ((name, "colin"), ("colin", name))
+    }
+    assert both.labels.unique().tolist() == [0, 1]
+    for k, i in enumerate(brains.splits["test"]):
+        assert torch.equal(both.labels[k] == 1, brains.labels[i] == 1)
+        assert torch.equal(both.soi[k, 0], brains.soi[i, 0])
+        assert torch.equal(both.images[k], brains.images[i])
+    assert both.origin == f"One real T1. {brains.origin}"
