@@ -1,7 +1,7 @@
 """Every notebook executed, a few at a time, each in a process of its own with the network blocked.
 
 A notebook is executed again only when its fingerprint has changed: that of the notebook, its parameters, its lesson's
-texts, the package's sources and the lock.
+texts, the package's sources, the lock, and which of its data sets are there: it may use more than it needs.
 """
 
 import concurrent.futures
@@ -23,6 +23,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+import data_download
+from data_download.store import presence
 from regteach.bootstrap import LOCK, ROOT
 from regteach.course import offline
 from regteach.course.execute import Order
@@ -79,11 +81,18 @@ def fingerprint(file: NotebookFile, parameters: dict[str, Any]) -> str:
     machine = [p for p in (package / "lessons").glob("*.py") if not p.name.startswith("lesson_")]
     texts = [p for p in course.lesson_texts.glob("*") if p.name in own]
     data = list((course.root / "data_download").glob("*.toml"))
-    digest = hashlib.sha256(json.dumps([parameters, file.kind, platform.python_version()], sort_keys=True).encode())
+    state = [parameters, file.kind, platform.python_version(), _data_here(number)]
+    digest = hashlib.sha256(json.dumps(state, sort_keys=True).encode())
     for path in [file.path, *sorted({*sources, *machine, *texts, *data, course.root / LOCK})]:
         if path.exists():
             digest.update(f"\0{path.name}\0".encode() + path.read_bytes())
     return digest.hexdigest()
+
+
+def _data_here(number: str) -> dict[str, int]:
+    """How many files of each of a lesson's data sets are there; where they lie makes no difference to it."""
+    base, entries = data_download.root(), data_download.entries()
+    return {name: presence(entry, base).found for name, entry in entries.items() if number in entry.lessons}
 
 
 def unchanged(file: NotebookFile, mark: str) -> Outcome | None:

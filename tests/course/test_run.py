@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import nbformat
 import psutil
@@ -23,6 +24,7 @@ from course.minicourse import (
 )
 from rich.console import Console
 
+import data_download
 from regteach.bootstrap import ROOT
 from regteach.course import commands, run
 from regteach.course.execute import SWEEP_TAG, _parameter_problems
@@ -82,6 +84,26 @@ def test_only_what_changed_is_executed_again(tmp_path):
         output.write(" ")  # a copy that is not the one its record tells of
     assert not run.unchanged(file, before)
     assert execute(course, force=True)[0].executed
+
+
+def test_data_that_have_come_are_a_reason_to_execute_again(tmp_path, monkeypatch):
+    (file,) = make_light_course(tmp_path).files()
+    parameters = run.Settings().parameters
+    entry, other = (data_download.entries()[name] for name in ("mni152", "mnist-5k"))
+    known = {"mine": replace(entry, lessons=("90",)), "not-mine": replace(other, lessons=("91",))}
+    monkeypatch.setattr(data_download, "entries", lambda: known)
+    roots = [tmp_path / "here", tmp_path / "there"]
+    monkeypatch.setenv("REGTEACH_DATA", str(roots[0]))
+    before = run.fingerprint(file, parameters)
+    monkeypatch.setenv("REGTEACH_DATA", str(roots[1]))
+    assert run.fingerprint(file, parameters) == before  # another folder, and as empty
+    for own, changes in ((other, False), (entry, True)):
+        scan = roots[1] / own.folder / own.expect[0].files
+        scan.parent.mkdir(parents=True)
+        scan.touch()
+        assert (run.fingerprint(file, parameters) != before) == changes
+    monkeypatch.setenv("REGTEACH_DATA", str(roots[0]))
+    assert run.fingerprint(file, parameters) == before
 
 
 def test_a_claim_that_falls_fails_the_lesson_and_is_never_taken_for_done(tmp_path):
