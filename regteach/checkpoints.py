@@ -57,9 +57,9 @@ class Model:
     """
 
     name: str
-    network: Any
+    network: Any = field(repr=False)
     refinement: Refinement = Refinement()
-    card: dict[str, Any] = field(default_factory=dict)
+    card: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def grid(self) -> Grid:
@@ -131,19 +131,32 @@ def save_model(path: Path, model: Model) -> Path:
     return path
 
 
+def find_device(device: torch.device | str) -> torch.device:
+    """A device by name, "auto" for a GPU where there is one; a ValueError if there is no such device."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:  # by a tensor, whose device has a number where there may be several
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0].rstrip(".").replace(". ", "; ")
+        raise ValueError(f"There is no device {str(device)!r} to compute on ({reason}).") from None
+
+
 def load(name: str | PathLike[str], device: torch.device | str = "cpu") -> Model:
     """A model that ships with the package, by name, or one from a file.
 
     Args:
         name: as :func:`available` lists it, or the path of a ``.safetensors`` file.
-        device: where to put it.
+        device: where to put it; "auto" takes a GPU where there is one.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: for an unknown name (with the nearest one), or a file that is damaged, of another version, or not
-            ours.
+        ValueError: for an unknown name (with the nearest one), a file that is damaged, of another version, or not
+            ours, or a device that is not there.
     """
-    path = Path(name)
+    if not isinstance(name, str | PathLike):
+        raise ValueError(f"A model has a name or is a file, but {name!r} is neither.")
+    path, device = Path(name), find_device(device)
     if path.suffix == SUFFIX:
         if not path.exists():
             raise FileNotFoundError(f"There is no checkpoint {path}.")

@@ -119,11 +119,15 @@ class Register:
 
     def __call__(self) -> int:
         """Run the command and return the exit status."""
-        from regteach.registration import Registration, as_volume, register, writable
+        from regteach.registration import OUTPUTS, Registration, as_volume, register, writable
         from regteach.transforms import Identity
 
         # What can be refused is refused before the work: nothing is written then.
         writable(self.out)
+        written = {(self.out / name).resolve() for name in OUTPUTS}
+        for given in (self.moving, self.fixed, self.labels):
+            if given is not None and given.resolve() in written:
+                raise ValueError(f"{given} would be overwritten by its own result: choose another folder with --out.")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # they come again as notes
             moving = as_volume(self.moving, "the moving image")
@@ -194,12 +198,11 @@ class Evaluate:
     def __call__(self) -> int:
         """Run the command and return the exit status."""
         from regteach import checkpoints, runs
-        from regteach.registration import find_device
 
         if not self.model:
             print("\n".join(checkpoints.available()) or "No weights ship with this version.")
             return 0
-        model = checkpoints.load(self.model, find_device(self.device))
+        model = checkpoints.load(self.model, self.device)
         for name, figures in runs.evaluate(model, self.pairs, self.refine).items():
             print(f"{name:10s} " + "  ".join(f"{key} {value:.3f}" for key, value in figures.items()))
         return 0

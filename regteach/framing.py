@@ -36,6 +36,7 @@ CLEAR = 0.1  # a border that varies by less than this part of the signal is back
 SPECKS = 0.01  # of the signal, at either end of an axis: a speck is no anatomy
 FAR = 1 / 8  # of the working grid's extent: when one box sticks out of the other by more, they lie far apart
 COUNTED = 2**20  # voxels, at most about that many, are enough for a percentile
+LARGEST = 2**63 - 1  # of the labels
 ROOM = 1 / 4  # of the working grid's extent: how far around it an image is kept, for what moves in
 
 
@@ -67,22 +68,16 @@ def as_volume(source: Source, name: str, labels: bool = False) -> Volume:
     """
     title = name[0].upper() + name[1:]
     if isinstance(source, Volume):
-        if labels and source.data.is_floating_point():
-            return replace(source, source=_whole(source.data, title))
-        return source
+        return replace(source, source=_usable(source.data, title, labels))
     if isinstance(source, str | PathLike | FileBasedImage):
         return read_volume(source, labels)
     if not isinstance(source, tuple) or len(source) != 2 or not isinstance(source[1], Grid):
         raise ValueError(f"{title} is a path, an image of nibabel, a volume, or a pair (array, Grid).")
     array, grid = source
-    values = array.detach().cpu().numpy() if isinstance(array, Tensor) else np.asarray(array)
-    if values.shape != grid.shape:
-        raise ValueError(f"{title} has the shape {values.shape}, but its grid has {grid.shape}.")
-    if values.dtype.kind not in "iufb":
-        raise ValueError(f"{title} holds {values.dtype}, but an image holds one real number a voxel.")
-    if labels and values.dtype.kind == "f":
-        return Volume(_whole(torch.from_numpy(values.astype(np.float64)), title), grid)
-    return Volume(torch.from_numpy(values.astype(np.int64 if labels else np.float32)), grid)
+    values = array if isinstance(array, Tensor) else _as_tensor(np.asarray(array), title)
+    if tuple(values.shape) != grid.shape:
+        raise ValueError(f"{title} has the shape {tuple(values.shape)}, but its grid has {grid.shape}.")
+    return Volume(_usable(values.detach().cpu(), title, labels), grid)
 
 
 def framed(volume: Volume) -> Framed:
@@ -110,6 +105,16 @@ def working_grid(grid: Grid, fixed: Framed) -> Grid:
             first = zero + math.floor((first - zero) / own + 0.5) * own
         origin.append(first)
     return Grid(grid.shape, grid.spacing, tuple(origin))
+
+
+def outside(image: Framed, working: Grid, begin: Transform) -> float:
+    """The share of what an image shows (of its box) that lies outside of the working grid, from 0 to 1."""
+    corners = [begin(torch.tensor([[p]]))[0, 0].tolist() for p in (working.origin, working.last)]
+    share = 1.0
+    for low, high, first, last in zip(*image.box, *corners, strict=True):
+        if high > low:
+            share *= max(0.0, min(high, last) - max(low, first)) / (high - low)
+    return 1 - share
 
 
 def start(moving: Framed, fixed: Framed, grid: Grid) -> tuple[Transform, float]:
@@ -165,9 +170,35 @@ class Reader:
         return ((read - self.low) / (self.high - self.low)).clamp(0, 1)
 
 
+def _as_tensor(values: np.ndarray, title: str) -> Tensor:
+    """An array of any byte order and any real type."""
+    if values.dtype.kind not in "iufb":
+        raise ValueError(f"{title} holds {values.dtype}, but an image holds one real number a voxel.")
+    if values.dtype.kind == "f":
+        return torch.from_numpy(values.astype(np.float64 if values.dtype.itemsize > 4 else np.float32))
+    if values.dtype.kind == "u" and values.size and values.max() > np.iinfo(np.int64).max:
+        raise ValueError(f"{title} holds a number of {values.max()}, but {LARGEST} is the largest that can be kept.")
+    return torch.from_numpy(values.astype(np.int64))
+
+
+def _usable(values: Tensor, title: str, labels: bool) -> Tensor:
+    """Whole numbers of 64 bits for labels, and finite ones of at most single precision for an image."""
+    if values.is_complex():
+        raise ValueError(f"{title} holds {values.dtype}, but an image holds one real number a voxel.")
+    if labels:
+        return _whole(values, title) if values.is_floating_point() else values.long()
+    image = values.float()
+    wrong = int((~image.isfinite()).sum())
+    if wrong:
+        raise ValueError(f"{title} holds values that are not finite (NaN or infinity): {wrong:,} of them.")
+    return image
+
+
 def _whole(data: Tensor, title: str) -> Tensor:
     if not bool((data == data.round()).all()):
         raise ValueError(f"{title} is no label map: its values are not whole numbers.")
+    if data.numel() and float(data.abs().max()) >= LARGEST:
+        raise ValueError(f"{title} holds a number of {float(data.abs().max()):g}: that is too large for a label.")
     return data.long()
 
 

@@ -11,10 +11,12 @@ is read on the same grid, shifted first where the two images lie far apart (see 
 import copy
 import json
 import math
+import numbers
 import os
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,7 +28,7 @@ from torch import Tensor
 
 from regteach import framing, metrics, objectives, remarks, similarity
 from regteach.affine import Affine
-from regteach.checkpoints import Model, load
+from regteach.checkpoints import Model, find_device, load
 from regteach.correspondences import Keypoints, Table, correspondences, in_working_frame, inside, takes_no_points
 from regteach.data.volumes import Volume, save_displacement, save_volume
 from regteach.framing import Source, as_volume, span
@@ -44,6 +46,7 @@ SMALLEST = 8  # voxels along each axis
 SLAB = 2**21  # voxels that are warped at a time: a whole head at 1 mm would need GB
 EXACT = 2**24  # whole numbers up to here are exact in float32
 REPORT, WARPED, FIELD, LABELS = "report.json", "warped.nii.gz", "displacement.nii.gz", "warped_labels.nii.gz"
+OUTPUTS = (REPORT, WARPED, FIELD, LABELS)
 WARNING = "For research and teaching, not for clinical use."
 
 
@@ -63,6 +66,16 @@ class Registration:
     moving: Volume
     report: dict[str, Any]
     keypoints: Keypoints | None = None
+
+    def __repr__(self) -> str:
+        similar = self.report.get("similarity", {})
+        told = [
+            f"fixed {span(self.fixed.grid.shape)}, moving {span(self.moving.grid.shape)} voxels",
+            f"correlation {similar.get('before')} -> {similar.get('after')}",
+            f"{self.report.get('folding_percent')} % folded",
+            *(["see report['notes']"] if self.report.get("notes") else []),
+        ]
+        return f"<Registration by {self.report.get('model')}: {'; '.join(told)}>"
 
     def transform(self, points: Points) -> Points:
         """Fixed points to moving points.
@@ -171,18 +184,20 @@ class Registration:
         def read(image: Tensor) -> Tensor:
             return torch.cat([warp(image, there, grid, slab, order, "zeros")[0, 0] for slab, there in parts])
 
+        on_fixed = partial(Volume, grid=self.fixed.grid, across=self.fixed.across)
         if order == 0 and not volume.data.is_floating_point():
             data = volume.batch
             if int(data.abs().max()) <= EXACT:
-                return Volume(read(data.float()).round().to(data.dtype), self.fixed.grid)
+                return on_fixed(read(data.float()).round().to(data.dtype))
             # float32 would round them: their places in a table are warped instead, from 1 on, and 0 is outside.
             values, places = data.unique(return_inverse=True)
             table = torch.cat([values.new_zeros(1), values])
-            return Volume(table[read(places.float() + 1).round().long()], self.fixed.grid)
+            return on_fixed(table[read(places.float() + 1).round().long()])
         low = volume.data.min()
-        return Volume(read(volume.batch.float() - low) + low, self.fixed.grid)
+        return on_fixed(read(volume.batch.float() - low) + low)
 
 
+@torch.inference_mode(False)  # a refinement needs slopes, wherever it is called from
 def register(
     moving: Source,
     fixed: Source,
@@ -218,7 +233,7 @@ def register(
         # A copy: the caller's stays where it is, and what goes on using a kernel has one that nobody else changes.
         model = replace(model, network=copy.deepcopy(model.network).to(on))
     own = model.refinement
-    settings = own if refine is None else refine if isinstance(refine, Refinement) else replace(own, steps=int(refine))
+    settings = own if refine is None else refine if isinstance(refine, Refinement) else _so_many(own, refine)
     pair = {"moving": as_volume(moving, "the moving image"), "fixed": as_volume(fixed, "the fixed image")}
     _check(pair, model)
     if points is not None and not isinstance(model.network, KeypointKernel):
@@ -232,6 +247,8 @@ def register(
         "moving": _reader("moving", frames["moving"], grid, start, on),
         "fixed": _reader("fixed", frames["fixed"], grid, Identity(grid.dim), on),
     }
+    here = Identity(grid.dim)
+    outside = {name: framing.outside(frames[name], grid, start if name == "moving" else here) for name in frames}
     start = _moved(start, on)
     images = {"moving": readers["moving"](start), "fixed": readers["fixed"](Identity(grid.dim))}
     where = None if given is None else in_working_frame(given, grid, start, on)
@@ -261,6 +278,7 @@ def register(
         "start": f"middles aligned ({far_mm:.1f} mm apart)" if isinstance(start, Affine) else "world coordinates",
         "working_grid": {"shape": grid.shape, "spacing_mm": grid.spacing, "origin_mm": grid.origin},
         "notes": [note for volume in pair.values() for note in volume.notes]
+        + remarks.on_the_rest(outside, grid.extent)
         + remarks.on_contrasts(model, images["moving"], images["fixed"])
         + remarks.on_doubts(images["moving"], images["fixed"], still, moved),
         "device": str(on),
@@ -293,18 +311,19 @@ def writable(folder: str | PathLike[str]) -> Path:
     return folder
 
 
-def find_device(device: torch.device | str) -> torch.device:
-    """A device by name, "auto" for a GPU where there is one; a ValueError if there is no such device."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:  # by a tensor, whose device has a number where there may be several
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0].rstrip(".").replace(". ", "; ")
-        raise ValueError(f"There is no device {str(device)!r} to compute on ({reason}).") from None
+def _so_many(recommended: Refinement, steps: Any) -> Refinement:
+    if isinstance(steps, bool) or not isinstance(steps, numbers.Integral):
+        raise ValueError(f"refine is None, a whole number of steps, or a Refinement, not {steps!r}.")
+    return replace(recommended, steps=int(steps))
 
 
 def _check(pair: dict[str, Volume], model: Model) -> None:
+    planes = [volume.across[0] for volume in pair.values() if volume.across]
+    if len(set(planes)) > 1:
+        raise ValueError(
+            f"The moving image is a slice across the {'xyz'[planes[0]]} axis, and the fixed image one across the "
+            f"{'xyz'[planes[1]]} axis: they show different planes."
+        )
     for name, volume in pair.items():
         if volume.grid.dim != model.grid.dim:
             raise ValueError(
@@ -314,8 +333,6 @@ def _check(pair: dict[str, Volume], model: Model) -> None:
             raise ValueError(
                 f"The {name} image has {volume.grid.shape} voxels; {SMALLEST} along each axis are the least."
             )
-        if not bool(volume.data.isfinite().all()):
-            raise ValueError(f"The {name} image holds values that are not finite (NaN or infinity).")
         if volume.data.min() == volume.data.max():
             raise ValueError(f"The {name} image is constant: every voxel is {float(volume.data.min()):g}.")
 
@@ -358,7 +375,7 @@ def _described(grid: Grid) -> str:
 
 def _found(
     model: Model, images: list[Tensor], grid: Grid, settings: Refinement, points: tuple[Tensor, Tensor] | None
-) -> tuple[Any, list[float], int]:
+) -> tuple[Any, list[float | None], int]:
     """The result, the curve of its refinement, and how many steps that took."""
     with torch.no_grad():
         result = model.network(*images, grid, **({} if points is None else {"points": points}))
@@ -373,7 +390,7 @@ def _found(
     if isinstance(found.transform, KeypointTransform):  # dense once, not whenever it is asked
         with torch.no_grad():
             found = replace(found, transform=Dense(displacement(found.transform, grid), grid))
-    return found, [round(float(value), 6) for value in refined.curve[:, 0]], int(refined.stopped[0])
+    return found, [_number(value) for value in refined.curve[:, 0]], int(refined.stopped[0])
 
 
 def _moved(transform: Any, device: torch.device) -> Any:

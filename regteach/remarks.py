@@ -1,5 +1,7 @@
 """What the report of a registration remarks on: two contrasts, and reasons to doubt the result."""
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -9,6 +11,7 @@ from regteach.checkpoints import Model
 from regteach.nets.georeg import GeoReg
 
 ROUNDING = 1e-3  # a loss that rises by less has not changed
+MUCH = 0.1  # of what an image shows: so much outside of the working grid is worth a word
 
 
 def on_contrasts(model: Model, moving: Float[Tensor, "1 c *grid"], fixed: Float[Tensor, "1 c *grid"]) -> list[str]:
@@ -23,6 +26,22 @@ def on_contrasts(model: Model, moving: Float[Tensor, "1 c *grid"], fixed: Float[
     elif seen != [0, 1]:
         told.append("The two look like one contrast: this model is not meant for two of a kind.")
     return told
+
+
+def on_the_rest(shares: Mapping[str, float], extent_mm: Sequence[float]) -> list[str]:
+    """Of images that show more than the network looks at: there nothing was found, and the transform only goes on.
+
+    Args:
+        shares: of what each image shows ("moving", "fixed"), the part outside of the working grid.
+        extent_mm: of the working grid.
+    """
+    looked = " x ".join(f"{length:.0f}" for length in extent_mm)
+    return [
+        f"{share:.0%} of what the {name} image shows lies outside of the {looked} mm that the network looks at: there "
+        "the transform is continued, not found."
+        for name, share in shares.items()
+        if share > MUCH
+    ]
 
 
 def on_doubts(

@@ -15,6 +15,7 @@ On several GPUs or machines: ``accelerate launch -m regteach train RECIPE``, for
 reads and writes the folder, so machines need not share a disk. This is the only module that imports accelerate.
 """
 
+import io
 import json
 import math
 import os
@@ -302,7 +303,16 @@ class _Run:
         write_whole(self.folder / HISTORY, lambda path: path.write_text(text, encoding="utf-8"))
         if picture is not None:
             write_whole(self.folder / PICTURE, lambda path: path.write_bytes(picture))
-        write_whole(self.folder / STATE, lambda path: torch.save(state, path))
+        # By way of memory: torch's own writer would turn "the disk is full" into something that nobody understands.
+        packed = io.BytesIO()
+        torch.save(state, packed)
+        try:
+            write_whole(self.folder / STATE, lambda path: path.write_bytes(packed.getbuffer()))
+        except OSError as error:
+            raise ValueError(
+                f"The state of step {self.step} can not be written to {self.folder} ({error.strerror or error}); the "
+                "one before it, if there is one, is whole."
+            ) from None
 
     def read(self) -> dict[str, Any] | None:
         """The state in the folder, if there is one; what a kill left half-written is removed."""

@@ -96,6 +96,8 @@ class _Person:
 def brain_grid(spacing_mm: float = 3.0, shape: Sequence[int] = (64, 64, 64)) -> Grid:
     """The common grid: centred on the brain of the template."""
     spacing = per_axis(spacing_mm, 3, "spacing_mm")
+    if len(shape) != 3:
+        raise ValueError(f"A grid for brains has three axes, but its shape is {tuple(shape)}.")
     origin = tuple(c - 0.5 * (n - 1) * h for c, n, h in zip(BRAIN_CENTRE, shape, spacing, strict=True))
     return Grid(tuple(shape), spacing, origin)
 
@@ -214,6 +216,8 @@ def load_oasis(
         FileNotFoundError: if there is none, or one has a scan without labels or labels without a scan.
         ValueError: for an unknown ``sides`` or ``align``.
     """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit is a number of scans, at least 1, not {limit}.")
     grid = brain_grid(spacing_mm, shape)
     people: list[_Person] = []
     scans, maps = "aligned_norm.nii.gz", "aligned_seg35.nii.gz"
@@ -404,6 +408,7 @@ def _numbered(fine: Int[Tensor, "*fine"], numbers: Sequence[int]) -> Int[Tensor,
 
 
 def _looked_up(fine: Int[Tensor, "*fine"], names: Mapping[int, int]) -> Int[Tensor, "*fine"]:
+    fine = fine.clamp_min(0)  # some write their background as -1; what has no name is background either way
     table = torch.zeros(max(int(fine.max()), *names) + 1, dtype=torch.uint8)
     table[list(names)] = torch.tensor(list(names.values()), dtype=torch.uint8)
     return table.index_select(0, fine.reshape(-1).int()).reshape(fine.shape)

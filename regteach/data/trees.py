@@ -98,7 +98,7 @@ class Trees(Cohort):
         return Affine(total.float(), translation.float(), placed.centre)
 
     def _indices(self, chosen: int | Sequence[int]) -> list[int]:
-        indices = [chosen] if isinstance(chosen, int) else [int(i) for i in chosen]
+        indices = [int(i) for i in np.atleast_1d(np.asarray(chosen))]
         wrong = [i for i in indices if not 0 <= i < len(self)]
         if wrong:
             raise ValueError(f"{self.name} has the images 0 to {len(self) - 1}, but not {wrong[0]}.")

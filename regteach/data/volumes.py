@@ -2,10 +2,10 @@
 
 Convention: :attr:`Volume.data` is ``*grid``, without batch and channel axes (:attr:`Volume.batch` has them), in the
 order of nibabel's canonical RAS axes, never transposed: axis 0 to the right, axis 1 to the front, axis 2 up. World
-coordinates are the file's RAS millimetres. Axes that a file stores in another order or direction are brought into it
-by flips and swaps, which change no value. A grid is parallel to the axes, so a volume that is not (oblique or
-sheared) is resampled onto one that covers it; ``notes`` and a warning say so. Two axes, or a third of length one, are
-a 2D image.
+coordinates are the file's RAS millimetres, whatever unit its header names. Axes that a file stores in another order or
+direction are brought into it by flips and swaps, which change no value. A grid is parallel to the axes, so a volume
+that is not (oblique or sheared) is resampled onto one that covers it; ``notes`` and a warning say so. Two axes, or a
+third of length one, are a 2D image.
 
 Displacement fields are saved as ITK and ANTs read them: five axes ``x y z 1 d``, intent code 1007 (vector), LPS
 components in millimetres: the first two components change their sign, as LPS runs to the left and to the back.
@@ -38,6 +38,7 @@ from regteach.sampling import sample
 ALIGNED_VOX = 0.01  # a grid that strays less than this from the axes, anywhere, counts as parallel to them
 SINGULAR = 1e-6  # |det| of the axis directions below this is no basis of space
 VECTOR_INTENT = 1007
+MM = {"meter": 1000.0, "micron": 0.001}  # in one of the header's units; where it names none, millimetres are meant
 SUFFIXES = (".nii", ".nii.gz")
 RAS_TO_LPS = (-1.0, -1.0, 1.0)
 
@@ -50,11 +51,13 @@ class Volume:
         source: the voxels, ``*grid``, or a function that reads them when they are first asked for.
         grid: where they are, RAS mm.
         notes: what was done to the file's own voxels, and what it did not say, in sentences.
+        across: of a slice of a body: the axis that it lies across (2 for an axial one), and where along it, mm.
     """
 
     source: Tensor | Callable[[], Tensor] = field(repr=False)
     grid: Grid
     notes: tuple[str, ...] = ()
+    across: tuple[int, float] | None = None
 
     @cached_property
     def data(self) -> Float[Tensor, "*grid"]:
@@ -96,9 +99,9 @@ def read_volume(source: str | os.PathLike[str] | nib.Nifti1Image, labels: bool =
     notes = []
     if "sform_code" in image.header and not (image.header["sform_code"] or image.header["qform_code"]):
         notes.append(f"{name}: the header gives no position (sform and qform codes are 0); nibabel's default is used.")
-    keep = _axes(shape, name)
+    keep, across = _axes(shape, name), None
     if len(keep) == 2:
-        affine, notes = _flatten(affine, shape, keep, notes, name)
+        affine, notes, across = _flatten(affine, shape, keep, notes, name)
 
     def load() -> Tensor:
         try:
@@ -110,11 +113,13 @@ def read_volume(source: str | os.PathLike[str] | nib.Nifti1Image, labels: bool =
 
     inner = tuple(shape[axis] for axis in keep)
     if _is_aligned(affine, inner):
-        return Volume(load, Grid(inner, _rounded(np.diag(affine)[:-1]), _rounded(affine[:-1, -1])), tuple(notes))
+        return Volume(
+            load, Grid(inner, _rounded(np.diag(affine)[:-1]), _rounded(affine[:-1, -1])), tuple(notes), across
+        )
     grid = _covering_grid(affine, inner)
     note = f"{name}: the image is oblique or sheared; it was resampled onto {grid.shape} voxels along the RAS axes."
     warnings.warn(note, stacklevel=2)
-    return Volume(lambda: _resampled(load(), affine, grid, labels), grid, (*notes, note))
+    return Volume(lambda: _resampled(load(), affine, grid, labels), grid, (*notes, note), across)
 
 
 def load_mni(kind: str = "t1") -> Volume:
@@ -136,7 +141,8 @@ def load_mni(kind: str = "t1") -> Volume:
 def save_volume(path: str | os.PathLike[str], volume: Volume) -> Path:
     """Write a volume as NIfTI; the file appears whole or not at all.
 
-    A 2D volume becomes one slice at z = 0. Images are float32, labels the smallest integers that hold them.
+    A 2D volume becomes one slice: where it lay in a body, if that is known, else at z = 0. Images are float32, labels the
+    smallest integers that hold them.
 
     Args:
         path: ends in ``.nii`` or ``.nii.gz``; its folder exists.
@@ -151,12 +157,15 @@ def save_volume(path: str | os.PathLike[str], volume: Volume) -> Path:
     array = volume.data.detach().cpu().numpy()
     smallest = np.result_type(np.uint8, *map(np.min_scalar_type, (array.min(), array.max())))
     array = array.astype(smallest if array.dtype.kind in "biu" else np.float32)
-    image = nib.Nifti1Image(array.reshape((*volume.grid.shape, 1)[:3]), None)
-    return _write(path, image, volume.grid)
+    across = volume.across if volume.grid.dim == 2 and volume.across else (2, 0.0)
+    array = array if array.ndim == 3 else np.expand_dims(array, across[0])
+    return _write(path, nib.Nifti1Image(array, None, dtype=array.dtype), volume.grid, across)
 
 
 def save_displacement(path: str | os.PathLike[str], displacement: Float[Tensor, "*grid d"], grid: Grid) -> Path:
     """Write a displacement field for ITK and ANTs; the file appears whole or not at all.
+
+    A field in a plane has two components and, as ITK's have, no place along the third axis.
 
     Args:
         path: ends in ``.nii`` or ``.nii.gz``; its folder exists.
@@ -223,6 +232,7 @@ def _affine(image: nib.Nifti1Pair, name: str) -> np.ndarray:
     """Voxel to RAS mm, 4 x 4."""
     given = image.header.get_best_affine() if image.affine is None else image.affine
     affine = np.array(given, dtype=np.float64)
+    affine[:3] *= MM.get(image.header.get_xyzt_units()[0], 1.0)
     axes = affine[:3, :3]
     lengths = np.linalg.norm(axes, axis=0)
     if len(image.shape) == 2 and lengths[2] == 0 and lengths[:2].all():
@@ -243,8 +253,8 @@ def _axes(shape: tuple[int, ...], name: str) -> tuple[int, ...]:
 
 def _flatten(
     affine: np.ndarray, shape: tuple[int, ...], keep: tuple[int, ...], notes: list[str], name: str
-) -> tuple[np.ndarray, list[str]]:
-    """The 3 x 3 affine of a slice in its plane. A slice that is tilted out of it keeps its own two axes."""
+) -> tuple[np.ndarray, list[str], tuple[int, float] | None]:
+    """The 3 x 3 affine of a slice in its plane, and where that lies. A slice that is tilted keeps its own two axes."""
     out = ({0, 1, 2} - set(keep)).pop()
     last = np.array([shape[axis] - 1 for axis in keep])
     lengths = np.linalg.norm(affine[:3, list(keep)], axis=0)
@@ -252,6 +262,7 @@ def _flatten(
     flat = np.eye(3)
     flat[:2, :2] = affine[np.ix_(keep, keep)]
     flat[:2, 2] = affine[list(keep), 3]
+    across = (out, _rounded(affine[out : out + 1, 3])[0])
     if keep != (0, 1):
         notes = [
             *notes,
@@ -261,7 +272,8 @@ def _flatten(
         flat[:2, :2] = np.diag(lengths)
         notes = [*notes, f"{name}: the slice is tilted in space; its own two axes are used, and the tilt is dropped."]
         warnings.warn(notes[-1], stacklevel=3)
-    return flat, notes
+        return flat, notes, None
+    return flat, notes, across
 
 
 def _is_aligned(affine: np.ndarray, shape: tuple[int, ...]) -> bool:
@@ -318,7 +330,9 @@ def _checked(array: np.ndarray, name: str, labels: bool) -> Tensor:
     return torch.from_numpy(values)
 
 
-def _write(path: str | os.PathLike[str], image: nib.Nifti1Image, grid: Grid) -> Path:
+def _write(
+    path: str | os.PathLike[str], image: nib.Nifti1Image, grid: Grid, across: tuple[int, float] = (2, 0.0)
+) -> Path:
     """Give the image the grid's affine, write it beside its place, and move it there when it is on the disk."""
     target = Path(path)
     suffix = next((s for s in reversed(SUFFIXES) if target.name.endswith(s)), None)
@@ -327,8 +341,10 @@ def _write(path: str | os.PathLike[str], image: nib.Nifti1Image, grid: Grid) -> 
     if not target.parent.is_dir():
         raise ValueError(f"The folder {target.parent} does not exist.")
     affine = np.eye(4)
-    affine[range(grid.dim), range(grid.dim)] = grid.spacing
-    affine[: grid.dim, 3] = grid.origin
+    affine[across[0], 3] = across[1]
+    axes = [axis for axis in range(3) if grid.dim == 3 or axis != across[0]]
+    affine[axes, axes] = grid.spacing
+    affine[axes, 3] = grid.origin
     image.set_sform(affine, code=1)
     image.set_qform(affine, code=1)
     image.header.set_xyzt_units(xyz="mm")

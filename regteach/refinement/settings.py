@@ -1,6 +1,7 @@
 """How to refine, and what comes of it."""
 
 import math
+import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -67,16 +68,23 @@ class Refinement:
     tolerance: float = 1e-3
 
     def __post_init__(self) -> None:
+        for name, length in (("coarser", None), ("smoothing_vox", 2)):
+            value = getattr(self, name)
+            if not isinstance(value, tuple) or length not in (None, len(value)):
+                raise ValueError(f"{name} is a tuple of {'two' if length else 'whole'} numbers, not {value!r}.")
         if self.mode not in MODES:
             raise ValueError(f"A mode of refinement is one of {', '.join(MODES)}, not {self.mode!r}.")
-        if self.sharpen < 0:
+        whole = (self.steps, self.coarsen, self.pyramid, self.window_vox, self.patience, *self.coarser)
+        if not all(isinstance(number, numbers.Integral) for number in whole):
+            raise ValueError("Steps, cubes, resolutions, windows and patience are whole numbers.")
+        if not 0 <= self.sharpen < math.inf:
             raise ValueError(f"Maps are sharpened by a slope of 0 or more, not {self.sharpen}.")
-        if self.images < 0:
+        if not 0 <= self.images < math.inf:
             raise ValueError(f"The images have a weight of 0 or more beside the maps, not {self.images}.")
         if (self.coarser or self.restart) and self.mode != "greedy":
             said = "Steps on coarser images" if self.coarser else "Second searches"
             raise ValueError(f"{said} are for greedy refinement, not for that of {self.mode}.")
-        if min(self.coarser, default=1) < 1 or min(self.smoothing_vox) < 0:
+        if min(self.coarser, default=1) < 1 or not all(0 <= width < math.inf for width in self.smoothing_vox):
             raise ValueError("Coarser levels take 1 step or more each, and a smoothing is 0 or more.")
         if not 0 < self.rate < math.inf:
             raise ValueError(f"A rate is a finite number above 0, not {self.rate}.")
