@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from regteach.objectives import relative_mse, scale_of
 
+CLEARLY = 0.85  # of the second smallest error: a smaller one is no accident
+
 
 def alike(
     seen: Sequence[Float[Tensor, "b c *level"]], shown: Sequence[Float[Tensor, "b c *level"]]
@@ -37,7 +39,8 @@ def contrasts_seen(
     """Which of two encoders suits the moving, and which the fixed image: those two whose features agree best.
 
     Each encoder draws the same features of the same anatomy in its own contrast, so they agree on two images in the
-    contrasts that they know, also where these are not aligned yet.
+    contrasts that they know, as long as these lie roughly where they belong: the further apart, the less is told by
+    voxels that are compared in their places.
 
     Args:
         encoders: of the first and of the second contrast; each gives a pyramid of features.
@@ -46,9 +49,19 @@ def contrasts_seen(
 
     Returns:
         Of each pair the numbers of two encoders, 0 or 1: (0, 1) is the order in which the model takes its images,
-        (1, 0) the other way round, and two equal numbers are two images of one contrast.
+        (1, 0) the other way round, and two equal numbers are two images of one contrast. (-1, -1) where none of these
+        three is clearly better than the others.
     """
     first, second = ([encoder(image) for encoder in encoders] for image in (moving, fixed))
     orders = [(0, 1), (1, 0), (0, 0), (1, 1)]
-    apart = torch.stack([alike(second[j], first[i])["features"] for i, j in orders])
-    return torch.tensor(orders, device=apart.device)[apart.argmin(0)]
+    apart = torch.stack([_apart(first[i], second[j]) for i, j in orders])
+    verdicts = torch.stack([apart[0], apart[1], apart[2:].amin(0)])
+    best, next_best = verdicts.sort(0).values[:2]
+    found = torch.tensor(orders, device=apart.device)[apart.argmin(0)]
+    return torch.where((best < CLEARLY * next_best)[:, None], found, -1)
+
+
+def _apart(a: Sequence[Tensor], b: Sequence[Tensor]) -> Float[Tensor, "b"]:
+    """Squared error over squares of each level, all channels as one: a channel that is nearly empty says little."""
+    levels = [(x.float().flatten(1)[:, None], y.float().flatten(1)[:, None]) for x, y in zip(a, b, strict=True)]
+    return torch.stack([relative_mse(x, y) for x, y in levels]).mean(0)

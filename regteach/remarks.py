@@ -23,7 +23,7 @@ def on_contrasts(model: Model, moving: Float[Tensor, "1 c *grid"], fixed: Float[
     seen = contrasts.contrasts_seen(list(model.network.encoders), moving, fixed)[0].tolist()
     if seen == [1, 0]:
         told.append("These two look exchanged: register them the other way round.")
-    elif seen != [0, 1]:
+    elif seen in ([0, 0], [1, 1]):
         told.append("The two look like one contrast: this model is not meant for two of a kind.")
     return told
 

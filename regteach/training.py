@@ -15,7 +15,6 @@ On several GPUs or machines: ``accelerate launch -m regteach train RECIPE``, for
 reads and writes the folder, so machines need not share a disk. This is the only module that imports accelerate.
 """
 
-import io
 import json
 import math
 import os
@@ -300,19 +299,16 @@ class _Run:
             "optimiser": optimiser.state_dict(),
         }
         text = json.dumps(self.history, indent=1) + "\n"
-        write_whole(self.folder / HISTORY, lambda path: path.write_text(text, encoding="utf-8"))
-        if picture is not None:
-            write_whole(self.folder / PICTURE, lambda path: path.write_bytes(picture))
-        # By way of memory: torch's own writer would turn "the disk is full" into something that nobody understands.
-        packed = io.BytesIO()
-        torch.save(state, packed)
         try:
-            write_whole(self.folder / STATE, lambda path: path.write_bytes(packed.getbuffer()))
-        except OSError as error:
+            write_whole(self.folder / HISTORY, lambda path: path.write_text(text, encoding="utf-8"))
+            if picture is not None:
+                write_whole(self.folder / PICTURE, lambda path: path.write_bytes(picture))
+            write_whole(self.folder / STATE, lambda path: torch.save(state, path))
+        except (OSError, RuntimeError) as error:  # of a full disk torch's writer makes a RuntimeError of its own
             raise ValueError(
-                f"The state of step {self.step} can not be written to {self.folder} ({error.strerror or error}); the "
-                "one before it, if there is one, is whole."
-            ) from None
+                f"The state of step {self.step} can not be written to {self.folder} ({_first_line(error)}); the one "
+                "before it, if there is one, is whole."
+            ) from error
 
     def read(self) -> dict[str, Any] | None:
         """The state in the folder, if there is one; what a kill left half-written is removed."""
@@ -359,3 +355,7 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _first_line(error: Exception) -> str:
+    return (getattr(error, "strerror", None) or str(error).splitlines()[0]).rstrip(".")

@@ -18,7 +18,8 @@ from regteach.evaluation import figures_of, measure, pairs_to_test
 from regteach.nets.istn import count_parameters
 from regteach.recipes import RECIPES
 from regteach.registration import register
-from regteach.transforms import Identity, displacement
+from regteach.sampling import warp
+from regteach.transforms import Dense, Identity, displacement
 
 NAMES = available()
 ON_COHORTS = [name for name in NAMES if runs.task_of(load(name).network.config) is CohortTask]
@@ -143,8 +144,15 @@ def test_the_model_of_two_contrasts_knows_real_ones() -> None:
     encoders = list(load("georeg-brains-t1t2").network.encoders)
     moving, fixed = (cohort.images[[i]] for i in cohort.pairs("test")[0])
     with torch.no_grad():
-        assert contrasts.contrasts_seen(encoders, moving, fixed).tolist() == [[0, 1]]
-        assert contrasts.contrasts_seen(encoders, fixed, moving).tolist() == [[1, 0]]
+        for axis, mm, told in ((0, 0.0, True), (0, 8.0, True), (0, 20.0, False), (1, 20.0, False), (2, 20.0, False)):
+            shift = torch.zeros(1, *cohort.grid.shape, 3)
+            shift[..., axis] = mm
+            away = warp(fixed, Dense(shift, cohort.grid), cohort.grid, padding="zeros")
+            # Far from where they belong they may keep it to themselves, but tell nothing that is wrong.
+            silent = [] if told else [[-1, -1]]
+            assert contrasts.contrasts_seen(encoders, moving, away)[0].tolist() in ([0, 1], *silent)
+            assert contrasts.contrasts_seen(encoders, away, moving)[0].tolist() in ([1, 0], *silent)
+        assert contrasts.contrasts_seen(encoders, moving, moving.roll(1, 2))[0].unique().numel() == 1
 
 
 FRAMED = 0.04  # of Dice: what the scale, the frame and a first alignment of the centres may cost

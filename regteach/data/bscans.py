@@ -165,7 +165,7 @@ def _table(path: Path, grid: Grid) -> Float[Tensor, "k w"]:
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}.")
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets put a mark before it
             rows = [[float(field) if field.strip() else np.nan for field in row] for row in csv.reader(file) if row]
     except (ValueError, csv.Error) as error:
         raise ValueError(f"{path.name} is no table of numbers ({str(error).splitlines()[0].rstrip('.')}).") from None
@@ -186,13 +186,22 @@ def _table(path: Path, grid: Grid) -> Float[Tensor, "k w"]:
     return torch.from_numpy(depths * grid.spacing[0] + grid.origin[0]).float()
 
 
+def _by_name(paths: Sequence[Path]) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for path in paths:
+        if path.stem in found:
+            raise ValueError(f"{path.parent} holds {path.stem} twice: {found[path.stem].name} and {path.name}.")
+        found[path.stem] = path
+    return found
+
+
 def _pairs(folder: Path) -> dict[str, tuple[Path, Path]]:
     """Picture and table of each B-scan, by name."""
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder}.")
     paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    pictures = {path.stem: path for path in paths if path.suffix.lower() in PICTURES}
-    tables = {path.stem: path for path in paths if path.suffix.lower() == ".csv"}
+    pictures = _by_name([path for path in paths if path.suffix.lower() in PICTURES])
+    tables = _by_name([path for path in paths if path.suffix.lower() == ".csv"])
     if not pictures:
         raise FileNotFoundError(
             f"{folder} holds no B-scan: a picture is called EYE_VISIT.png, its table EYE_VISIT.csv."

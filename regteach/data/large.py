@@ -229,9 +229,15 @@ def deformed(
             only these are used. Where left out, every image is its own partner.
 
     Raises:
-        ValueError: for an unknown family or level, or if there is no image, or no copy, to make pairs of.
+        ValueError: for an unknown family or level, a limit of a split that is not there, a negative number, or if there
+            is no image, or no copy, to make pairs of.
     """
     wanted = LargeDeformation(family, level)
+    for split in limits or {}:
+        if split not in cohort.splits:
+            raise ValueError(f"{cohort.name} has the splits {', '.join(cohort.splits)}, but not {split!r}.")
+    if min(seed, noise, *(limits or {}).values()) < 0:
+        raise ValueError("A seed, a noise and the limits of splits are 0 or more.")
     drawn = []  # (split, moving, transform, noise's seed)
     for number, (split, members) in enumerate(cohort.splits.items()):
         state = np.random.SeedSequence((seed, number)).generate_state(1, np.uint64)[0]

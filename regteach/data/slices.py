@@ -87,7 +87,7 @@ def load_unlabelled_slices(split_seed: int = 0, shape: Sequence[int] = SHAPE) ->
 
     Axis 0 runs along the picture's rows of pixels, from its left to its right, axis 1 upwards (to the front). Which
     side of the picture is the left side of the person is not known. The files give no size either: a pixel is taken as
-    1 mm, which makes the brains 161 to 178 mm long. Each brain is put into the middle of the grid.
+    1 mm, which makes the brains 172 to 178 mm long. Each brain is put into the middle of the grid.
 
     Args:
         split_seed: of the split.

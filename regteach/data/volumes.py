@@ -141,8 +141,8 @@ def load_mni(kind: str = "t1") -> Volume:
 def save_volume(path: str | os.PathLike[str], volume: Volume) -> Path:
     """Write a volume as NIfTI; the file appears whole or not at all.
 
-    A 2D volume becomes one slice: where it lay in a body, if that is known, else at z = 0. Images are float32, labels the
-    smallest integers that hold them.
+    A 2D volume becomes one slice: where it lay in a body, if that is known, else at z = 0. Images are float32, labels
+    the smallest integers that hold them.
 
     Args:
         path: ends in ``.nii`` or ``.nii.gz``; its folder exists.

@@ -222,3 +222,22 @@ def test_structures_have_to_fit_and_a_picture_has_a_known_ending(clinic: Path):
     with pytest.raises(ValueError) as caught:
         read_bscan(clinic / "b_1.bmp", SPACING)
     assert one_sentence(caught.value, ".png", ".npy")
+
+
+def test_a_table_of_a_spreadsheet_is_read(tmp_path: Path):
+    """These put a mark before UTF-8."""
+    picture_path, table = write(tmp_path)
+    plain = read_bscan(picture_path, SPACING, table)
+    table.write_bytes(b"\xef\xbb\xbf" + table.read_bytes())
+    marked = read_bscan(picture_path, SPACING, table)
+    torch.testing.assert_close(marked.boundaries, plain.boundaries, equal_nan=True)
+
+
+def test_two_pictures_of_one_scan_are_one_too_many(clinic: Path):
+    first = sorted(clinic.glob("*.png"))[0]
+    np.save(first.with_suffix(".npy"), picture(seed=9))
+    with pytest.raises(
+        ValueError, match=rf"holds {first.stem} twice: {first.stem}\.npy and {first.stem}\.png"
+    ) as caught:
+        load_bscans(clinic, SPACING)
+    assert one_sentence(caught.value)

@@ -312,3 +312,18 @@ def test_a_truth_is_that_of_a_pair():
     with pytest.raises(ValueError) as caught:
         cohort.truth(0, 1)
     assert one_sentence(caught.value, "no pair")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "match"),
+    [
+        ({"limits": {"tests": 1}}, "but not 'tests'"),
+        ({"limits": {"test": -1}}, "0 or more"),
+        ({"noise": -1.0}, "0 or more"),
+        ({"seed": -1}, "0 or more"),
+    ],
+)
+def test_limits_and_numbers_that_make_no_sense(wrong, match):
+    with pytest.raises(ValueError, match=match) as caught:
+        deformed(blobs(6), "rotation", "small", **wrong)
+    assert one_sentence(caught.value)

@@ -12,7 +12,7 @@ from scipy.ndimage import gaussian_filter
 from torch import Tensor
 from truths.fields import one_sentence
 
-from regteach import contrasts, objectives
+from regteach import contrasts, objectives, remarks
 from regteach.checkpoints import Model, load, save_model
 from regteach.grid import Grid
 from regteach.nets.blocks import upsampled
@@ -270,6 +270,17 @@ def test_contrasts_are_seen_whichever_way_they_come() -> None:
     assert contrasts.contrasts_seen(net.encoders, -elsewhere, image).tolist() == [[1, 0]] * 3
     assert contrasts.contrasts_seen(net.encoders, image, elsewhere).tolist() == [[0, 0]] * 3
     assert contrasts.contrasts_seen(net.encoders, -image, -elsewhere).tolist() == [[1, 1]] * 3
+
+
+def test_where_encoders_can_not_tell_contrasts_nothing_is_told() -> None:
+    """Two encoders that are the same agree on all."""
+    net = net_of(replace(FLAT, encoders=2))
+    net.encoders[1].load_state_dict(net.encoders[0].state_dict())
+    image = images(FLAT, batch=2)[0]
+    assert contrasts.contrasts_seen(net.encoders, image, -image).tolist() == [[-1, -1]] * 2
+    model = Model("both", net.eval())
+    (told,) = remarks.on_contrasts(model, image[:1], -image[:1])
+    assert told.startswith("both takes ")
 
 
 def test_one_level_is_a_network_too() -> None:
