@@ -214,7 +214,7 @@ def load_oasis(
 
     Raises:
         FileNotFoundError: if there is none, or one has a scan without labels or labels without a scan.
-        ValueError: for an unknown ``sides`` or ``align``.
+        ValueError: for an unknown ``sides`` or ``align``, or a limit below 1.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit is a number of scans, at least 1, not {limit}.")
