@@ -1,4 +1,4 @@
-"""Wrong names: which known one was probably meant."""
+"""Words for what went wrong: the known name that was probably meant, and what an error says first."""
 
 from collections.abc import Iterable
 from difflib import SequenceMatcher
@@ -21,3 +21,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
         return sum(size for size in runs if size > 1), matcher.ratio()
 
     return max(known, key=shared)
+
+
+def first_line(error: Exception) -> str:
+    """What an error says first, as part of a sentence."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -29,6 +29,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from regteach.names import first_line
+
 STATE = "state.pt"  # everything that a run needs to go on
 HISTORY = "history.json"  # the same numbers, for people
 PICTURE = "validation.png"
@@ -306,7 +308,7 @@ class _Run:
             write_whole(self.folder / STATE, lambda path: torch.save(state, path))
         except (OSError, RuntimeError) as error:  # of a full disk torch's writer makes a RuntimeError of its own
             raise ValueError(
-                f"The state of step {self.step} can not be written to {self.folder} ({_first_line(error)}); the one "
+                f"The state of step {self.step} can not be written to {self.folder} ({first_line(error)}); the one "
                 "before it, if there is one, is whole."
             ) from error
 
@@ -355,7 +357,3 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _first_line(error: Exception) -> str:
-    return (getattr(error, "strerror", None) or str(error).splitlines()[0]).rstrip(".")

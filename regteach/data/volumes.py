@@ -33,6 +33,7 @@ from torch import Tensor
 
 import data_download
 from regteach.grid import Grid
+from regteach.names import first_line
 from regteach.sampling import sample
 
 ALIGNED_VOX = 0.01  # a grid that strays less than this from the axes, anywhere, counts as parallel to them
@@ -107,7 +108,7 @@ def read_volume(source: str | os.PathLike[str] | nib.Nifti1Image, labels: bool =
         try:
             stored = np.asarray(image.dataobj).reshape(stored_shape)
         except (EOFError, OSError, ValueError, zlib.error) as error:
-            raise ValueError(f"{name} is truncated or damaged ({_first_line(error)}).") from None
+            raise ValueError(f"{name} is truncated or damaged ({first_line(error)}).") from None
         array = apply_orientation(stored, orientation)
         return _checked(np.squeeze(array, axis=tuple(set(range(3)) - set(keep))), name, labels)
 
@@ -208,7 +209,7 @@ def _open(source: Any) -> tuple[nib.Nifti1Pair, str]:
         except EOFError:
             raise ValueError(f"{name} is truncated: it ends inside its header.") from None
         except (ImageFileError, nib.spatialimages.HeaderDataError, OSError, ValueError, zlib.error) as error:
-            raise ValueError(f"{name} is not a NIfTI file ({_first_line(error)}).") from None
+            raise ValueError(f"{name} is not a NIfTI file ({first_line(error)}).") from None
     if not isinstance(image, nib.Nifti1Pair):  # Nifti1Image and Nifti2Image are kinds of it
         raise ValueError(f"{name} is not a NIfTI file (nibabel reads it as {type(image).__name__}).")
     return image, name
@@ -362,7 +363,3 @@ def _write(
 def _rounded(values: np.ndarray) -> tuple[float, ...]:
     """Lengths to a millionth of a mm: headers are float32, and 0.7 should not read 0.699999988."""
     return tuple(float(round(value, 6)) for value in values)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
