@@ -3,8 +3,8 @@
     python -m benchmarks.other_tools [--quick] [--json FILE] [--parts hippocampus slices] [--pairs 50]
 
 Parts, each on the people that the models were not trained on: hippocampus and slices (real scans), brains (real label
-maps, synthetic T1), colin (the one real scan of a whole brain that comes with labels, with each of those people, both
-ways) and retina (drawn). Every method gets two images and gives a displacement field; labels are warped
+maps, synthetic T1), template and colin (the two real T1 of a whole brain that come with labels, with each of those
+people, both ways) and retina (drawn). Every method gets two images and gives a displacement field; labels are warped
 through it by nearest voxel, and folding is counted on it, here and not by the tool. ISTN learned from labels of its
 training people; nothing else has ever seen one. Labels of the pair itself are for measuring alone.
 
@@ -12,7 +12,7 @@ The tools need an environment of their own (README, "Register your own files"). 
 has no row; their settings were not tuned on these data, but are their own defaults, or usual ones.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,16 +27,21 @@ from benchmarks.georeg_brains import NOTHING, Method, Trial, measured, one_pass,
 from benchmarks.harness import hardware
 from benchmarks.tables import Table, number
 from regteach.checkpoints import SUFFIX, WEIGHTS, load
-from regteach.data.brains import load_colin
 from regteach.data.cohort import Cohort
+from regteach.data.scans import load_colin, load_template
 from regteach.grid import Grid
 from regteach.recipes import find_recipe
 from regteach.transforms import Identity
 
-Part = Literal["hippocampus", "brains", "colin", "slices", "retina"]
+Part = Literal["hippocampus", "brains", "template", "colin", "slices", "retina"]
+REAL: dict[Part, tuple[Callable[..., Cohort], str]] = {
+    "template": (load_template, "the real T1 of the MNI152 template"),
+    "colin": (load_colin, "the real T1 of Colin27"),
+}
 MODELS: dict[Part, tuple[str, ...]] = {
     "hippocampus": ("istn-hippocampus", "georeg-hippocampus"),
     "brains": ("istn-brains", "georeg-brains"),
+    "template": ("istn-brains", "georeg-brains"),
     "colin": ("istn-brains", "georeg-brains"),
     "slices": ("istn-slices",),
     "retina": ("georeg-retina",),
@@ -77,39 +82,39 @@ def trial(part: Part, options: Options) -> Trial:
         cohort = networks.stand_in(Grid((48, 48)) if flat else Grid((32, 32, 32), (2.0,)), people=6)
         return Trial(part, "stand-ins", cohort, networks.pairs_to_test(cohort, 1))
     cohort = networks.load_cohort(find_recipe(MODELS[part][0]).data)
-    if part == "colin":
-        cohort = beside_colin(cohort)
-        pairs = networks.pairs_to_test(cohort, options.pairs)
-        what = "the real T1 of Colin27 with each test person of brains, whose T1 is synthetic, both ways"
-        return Trial(part, what, cohort, pairs)
+    if part in REAL:
+        read, name = REAL[part]
+        cohort = beside(cohort, read(cohort.grid.spacing[0], cohort.grid.shape, sides="merged"))
+        what = f"{name} with each test person of brains, whose T1 is synthetic, both ways"
+        return Trial(part, what, cohort, networks.pairs_to_test(cohort, options.pairs))
     people = len({cohort.people[i] for i in cohort.splits["test"]})
     what = f"{people} {'eyes' if part == 'retina' else 'people'} of {cohort.name} that are kept for testing"
     return Trial(part, what, cohort, networks.pairs_to_test(cohort, options.pairs))
 
 
-def beside_colin(brains: Cohort) -> Cohort:
-    """Colin27, a real T1, and the test people of ``brains``, of whom each makes two pairs with it.
+def beside(brains: Cohort, real: Cohort) -> Cohort:
+    """One real image, and the test people of ``brains``, of whom each makes two pairs with it.
 
-    AAL has no accumbens, so nobody has one here; its other outlines are more generous than FreeSurfer's, for every
-    method alike: compare the methods, and not these Dice with others.
+    A structure that the real one lacks nobody has here: AAL, the atlas of Colin27, has no accumbens. Its other outlines
+    are more generous than FreeSurfer's, for every method alike: compare the methods, and not these Dice with others.
 
-    Raises:
-        FileNotFoundError: if Colin27 or its labels have not been fetched.
+    Args:
+        brains: with people to test on.
+        real: one image, on the same grid.
     """
-    colin = load_colin(brains.grid.spacing[0], brains.grid.shape, sides="merged")
     chosen = list(brains.splits["test"])
-    channels = [list(brains.structures).index(label) for label in colin.structures]
+    channels = [list(brains.structures).index(label) for label in real.structures]
     labels = brains.labels[chosen]
-    labels = torch.where(torch.isin(labels, torch.tensor(list(colin.structures))), labels, 0)
+    labels = torch.where(torch.isin(labels, torch.tensor(list(real.structures))), labels, 0)
     both_ways = [pair for k in range(len(chosen)) for pair in ((len(chosen), k), (k, len(chosen)))]
     return replace(
-        colin,
-        images=torch.cat([brains.images[chosen], colin.images]),
-        soi=torch.cat([brains.soi[chosen][:, channels], colin.soi]),
-        labels=torch.cat([labels, colin.labels]),
-        people=(*(brains.people[i] for i in chosen), *colin.people),
+        real,
+        images=torch.cat([brains.images[chosen], real.images]),
+        soi=torch.cat([brains.soi[chosen][:, channels], real.soi]),
+        labels=torch.cat([labels, real.labels]),
+        people=(*(brains.people[i] for i in chosen), *real.people),
         splits={"train": (), "validation": (), "test": tuple(range(len(chosen) + 1))},
-        origin=f"{colin.origin} {brains.origin}",
+        origin=f"{real.origin} {brains.origin}",
         given_pairs={"test": tuple(both_ways)},
     )
 

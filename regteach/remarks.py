@@ -55,6 +55,9 @@ def on_doubts(
     A network has no rule that says "these are the same, move nothing": where nothing has to move, it moves a little all
     the same, and most of all where there is nothing to see.
 
+    Nothing is said of images that agree less than at the start: of 20 good answers of ``istn-hippocampus`` seven are
+    such, for it aligns structures.
+
     Args:
         moving, fixed: as the network saw them.
         before, after: loss of the features, at the start and by the result; None where it is not a number.

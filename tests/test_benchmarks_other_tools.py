@@ -97,17 +97,20 @@ def test_every_part_names_models_that_ship() -> None:
         assert all((bench.WEIGHTS / f"{name}.safetensors").exists() for name in names)
 
 
-def test_every_test_person_meets_colin_both_ways(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("part", ["template", "colin"])
+def test_every_test_person_meets_the_real_image_both_ways(
+    part: bench.Part, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     brains = networks.stand_in(Grid((16, 16, 16), (2.0,)), people=6)
     assert list(brains.structures) == [1, 2]
-    # Colin has no second structure, and is one person on the grid of the others.
+    # The real image has no second structure, and is one person on the grid of the others.
     person = networks.stand_in(brains.grid, people=6)
-    colin = replace(
+    real = replace(
         person,
         images=person.images[:1],
         soi=person.soi[:1, :1],
         labels=torch.where(person.labels[:1] == 1, 1, 0),
-        people=("colin",),
+        people=("real",),
         structures={1: person.structures[1]},
         splits={"train": (), "validation": (), "test": (0,)},
         origin="One real T1.",
@@ -115,17 +118,21 @@ def test_every_test_person_meets_colin_both_ways(monkeypatch: pytest.MonkeyPatch
     )
     asked = []
 
-    def load_colin(*where: object, sides: str) -> Cohort:
+    def read(*where: object, sides: str) -> Cohort:
         asked.append((*where, sides))
-        return colin
+        return real
 
-    monkeypatch.setattr(bench, "load_colin", load_colin)
-    both = bench.beside_colin(brains)
+    assert set(bench.REAL) == {"template", "colin"}
+    monkeypatch.setitem(bench.REAL, part, (read, "a real T1"))
+    monkeypatch.setattr(networks, "load_cohort", lambda name: brains)
+    trial = bench.trial(part, bench.Options())
     assert asked == [(2.0, (16, 16, 16), "merged")]
+    assert trial.what.startswith("a real T1 with each test person")
+    both = trial.cohort
     tested = [brains.people[i] for i in brains.splits["test"]]
-    assert list(both.people) == [*tested, "colin"]
-    assert {tuple(both.people[i] for i in pair) for pair in networks.pairs_to_test(both, 50)} == {
-        pair for name in tested for pair in ((name, "colin"), ("colin", name))
+    assert list(both.people) == [*tested, "real"]
+    assert {tuple(both.people[i] for i in pair) for pair in trial.pairs} == {
+        pair for name in tested for pair in ((name, "real"), ("real", name))
     }
     assert both.labels.unique().tolist() == [0, 1]
     for k, i in enumerate(brains.splits["test"]):

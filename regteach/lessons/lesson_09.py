@@ -58,6 +58,10 @@ def _whole_window(window: int, spacing_mm: float, steps: tuple[int, ...]) -> tup
     return 2 * look, 2 * reach
 
 
+def _to_the_centres(window: int, spacing_mm: float, steps: tuple[int, ...]) -> tuple[float, float]:
+    return first_look_and_reach(window - 1, spacing_mm, steps)
+
+
 def _finest_looks(window: int, spacing_mm: float, steps: tuple[int, ...]) -> tuple[float, float]:
     return window / 2 * spacing_mm, first_look_and_reach(window, spacing_mm, steps)[1]
 
@@ -178,6 +182,12 @@ EXERCISES = [
         "as there are steps, is the reach.",
         mistakes=[
             Mistake("whole windows", _whole_window, "A window lies round its point: to each side goes half of it."),
+            Mistake(
+                "to the outermost centre",
+                _to_the_centres,
+                "That is the way to the *centre* of the outermost pixel, (k - 1) / 2. It stands for its own area, half "
+                "a pixel more.",
+            ),
             Mistake(
                 "the finest level looks first",
                 _finest_looks,

@@ -36,10 +36,7 @@ class Keeper:
         self.taken += self.running
         better = self.running & (losses < self.lowest)
         self.lowest = torch.where(better, losses, self.lowest)
-        self.best = [
-            torch.where(better.reshape(-1, *[1] * (z.ndim - 1)), z, kept)
-            for z, kept in zip(parameters, self.best, strict=True)
-        ]
+        self._keep(better, parameters)
         drop = self.settings.tolerance * self.reference.abs()  # a loss may be negative
         drop = torch.where(self.reference.isfinite(), drop, 0)  # from a first loss of nan, any number is a fall
         fell = losses < self.reference - drop
@@ -49,6 +46,15 @@ class Keeper:
         if self.settings.patience:
             self.running = self.running & (self.since < self.settings.patience)
         return not bool(self.running.any())
+
+    def _keep(self, better: Tensor, parameters: list[Tensor]) -> None:
+        """Take over the numbers of the pairs that got better. Where none did nothing is written: weights are many."""
+        if bool(better.all()):  # of one pair these may be whole weights, which have no axis for pairs
+            for z, kept in zip(parameters, self.best, strict=True):
+                kept.copy_(z)
+        elif bool(better.any()):
+            for z, kept in zip(parameters, self.best, strict=True):
+                kept[better] = z[better]
 
     def refined(self, best: tuple[Step, ...], features: tuple[Tensor, Tensor]) -> Refined:
         """What there is to return, given the steps of each pair's lowest loss."""

@@ -12,23 +12,21 @@ from scipy.spatial.transform import Rotation
 from torch import Tensor
 
 import data_download
-from regteach.data import anatomy, brains
+from regteach.data import anatomy, heads
 from regteach.data.brains import (
-    AAL_NUMBERS,
     DONOR_NUMBERS,
     DONORS,
-    FREESURFER_NUMBERS,
     OASIS_NUMBERS,
-    STRUCTURES,
     brain_grid,
     donor_folds,
-    load_colin,
     load_donors,
     load_oasis,
     load_synthseg,
 )
 from regteach.data.cohort import Cohort
 from regteach.data.contrast import OUTSIDE, TISSUES
+from regteach.data.heads import FREESURFER_NUMBERS, STRUCTURES
+from regteach.data.scans import AAL_NUMBERS, load_colin, load_template
 from regteach.data.volumes import Volume
 from regteach.grid import Grid
 from regteach.metrics import dice
@@ -197,6 +195,7 @@ def test_synthseg_people_and_splits(root: Path) -> None:
         (load_oasis, "neurite-oasis-3d"),
         (load_donors, "allen-donors"),
         (load_colin, "colin27-labels"),
+        (load_template, "mni152-labels"),
     ],
 )
 def test_absent_data_names_the_command(root: Path, load: Callable[[], Cohort], name: str) -> None:
@@ -273,6 +272,44 @@ def test_colin_has_no_accumbens(root: Path) -> None:
     have = [k for k in range(14) if k not in (4, 11)]
     assert np.abs(centroids(cohort.labels[0], cohort.grid)[have] - TEMPLATE[have]).max() < 1.0
     assert set(load_colin(**SMALL, sides="merged").structures) == set(range(1, 8)) - {5}
+
+
+def test_the_template_is_read_like_any_brain_and_keeps_its_own_grey(root: Path) -> None:
+    """T1 and T2 on one grid, the outline on another, the labels on a third: all in one space."""
+    labels = head(FREESURFER_NUMBERS)
+    save(root / "mni152_labels" / "aparc_aseg.nii.gz", labels)
+    inside = ndimage.binary_dilation(labels > 0, iterations=8)
+    for name in ("t1", "t2"):
+        save(root / "mni152_t1_t2" / f"{name}.nii.gz", np.where(labels > 0, 90, 60).astype(np.float32))
+    save(root / "mni152" / "t1.nii.gz", inside.astype(np.float32))
+    cohort = load_template(**SMALL)
+    assert set(cohort.structures) == set(range(1, 15))
+    assert cohort.splits == {"train": (), "validation": (), "test": (0,)}
+    assert cohort.synthesis is None
+    assert np.abs(centroids(cohort.labels[0], cohort.grid) - TEMPLATE).max() < 1.0
+    image, of_structures = cohort.images[0, 0], cohort.soi[0].sum(0)
+    assert image[of_structures == 1].min() > 1.2 * image[(of_structures == 0) & (image > 0)].median(), "T1 and labels"
+    assert (image == 0).any(), "what lies outside of the outline is taken off"
+    assert set(load_template(**SMALL, sides="merged").structures) == set(range(1, 8))
+
+
+@pytest.mark.skipif(
+    not all(map(data_download.present, ("mni152-labels", "mni152-t1-t2", "mni152"))),
+    reason="the template or its labels are not fetched: python -m data_download mni152-labels mni152-t1-t2 mni152",
+)
+def test_the_labels_lie_on_the_real_template() -> None:
+    """Each structure is of one grey where the labels lie, and of several where they are 6 mm off, whichever way."""
+    cohort = load_template(2.0, (64, 72, 64), sides="merged")
+    image, labels = cohort.images[0, 0], cohort.labels[0]
+
+    def spread(shift: tuple[int, int, int]) -> float:
+        moved = torch.roll(labels, shift, (0, 1, 2))
+        return sum(float(image[moved == label].std()) for label in cohort.structures)
+
+    ways = [tuple(3 * sign * int(axis == k) for k in range(3)) for axis in range(3) for sign in (-1, 1)]
+    assert spread((0, 0, 0)) < 0.8 * min(spread(way) for way in ways)
+    grey = {name: float(image[labels == label].median()) for label, name in cohort.structures.items()}
+    assert grey["pallidum"] > grey["thalamus"] > grey["caudate"], "as in any T1"
 
 
 def test_folds_test_everyone_once(root: Path) -> None:
@@ -353,9 +390,9 @@ def test_reached_stops_at_what_is_not_free() -> None:
 
 def test_counts_and_most() -> None:
     fine = torch.tensor([0, 0, 1, 1, 2, 2, 2, 0]).reshape(8, 1, 1)
-    counts = brains._counts(fine, (4, 1, 1), 3)
+    counts = heads.counts_of(fine, (4, 1, 1), 3)
     assert counts[:, :, 0, 0].tolist() == [[2, 1], [2, 0], [0, 3]]
-    assert brains._most(counts).flatten().tolist() == [1, 2], "half a voxel is enough"
+    assert heads.most_of(counts).flatten().tolist() == [1, 2], "half a voxel is enough"
 
 
 @pytest.mark.parametrize("part", [3, 7, 10])
@@ -364,9 +401,9 @@ def test_counts_of_large_voxels_do_not_run_over(part: int) -> None:
     fine = torch.ones(2 * part, part, part, dtype=torch.int64)
     few = (part - 1) // 2 * part**2
     fine[:part, : (part - 1) // 2] = 2
-    counts = brains._counts(fine, (part,) * 3, 3).flatten(1)
+    counts = heads.counts_of(fine, (part,) * 3, 3).flatten(1)
     assert counts.tolist() == [[0, 0], [part**3 - few, part**3], [few, 0]]
-    assert brains._most(counts).tolist() == [1, 1]
+    assert heads.most_of(counts).tolist() == [1, 1]
 
 
 def test_parts_of_large_voxels_are_those_of_small_ones(root: Path) -> None:
@@ -380,7 +417,7 @@ def test_parts_of_large_voxels_are_those_of_small_ones(root: Path) -> None:
 def test_nearest_label_outside_the_volume_is_background() -> None:
     volume = Volume(torch.full((3, 3, 3), 7), Grid((3, 3, 3)))
     eye, zero = torch.eye(3).double(), torch.zeros(3).double()
-    found = brains._nearest(volume, Grid((7, 7, 7), 1.0, -2.0), eye, zero, zero)
+    found = heads.nearest(volume, Grid((7, 7, 7), 1.0, -2.0), eye, zero, zero)
     assert (found > 0).sum() == 27
     assert (found[2:5, 2:5, 2:5] == 7).all()
 

