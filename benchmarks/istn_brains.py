@@ -34,11 +34,13 @@ import tyro
 from benchmarks import networks, tables
 from benchmarks.networks import KINDS, MODELS, Recipe
 from benchmarks.tables import NOT_MEASURED, Table
+from regteach import objectives
 from regteach.checkpoints import SUFFIX, Model, load
 from regteach.checkpoints import WEIGHTS as SHIPPED
 from regteach.data.brains import donor_folds
 from regteach.data.cohort import Cohort
 from regteach.grid import Grid
+from regteach.nets.istn import ISTN
 
 ONE, REFINED = "one pass", "refined"
 IDENTITY, NOTHING, CEILING = "Id", "nothing", "SoI itself"
@@ -118,18 +120,37 @@ def table_one(data: str, folds: Sequence[Cohort], options: Options) -> tuple[Tab
             )  # fmt: skip
         note(kind, IDENTITY, networks.pooled(still))
         for name, seed in itertools.product([name for name in names if f"-{kind}-" in name], options.seeds):
-            parts, seconds = [], 0.0
+            parts, apart, seconds = [], [], 0.0
             for fold in folds:
                 recipe = _recipe(name, fold, options, seed)
                 done = networks.trained(recipe, fold, options.runs)
                 pairs, ways = networks.pairs_to_test(fold, options.pairs), {ONE: None, REFINED: recipe.refinement}
                 measure = networks.label_figures(fold, device)
                 parts.append(networks.registered(done.model, fold, pairs, ways, measure, device))
+                apart += maps_apart(done.model, fold, pairs, device)
                 seconds += done.seconds
             found = networks.pooled(parts)
-            note(kind, MODELS[recipe.variant], found, recipe=name, seed=seed, training_seconds_wall=seconds)
+            drawn = {"maps_apart": tables.mean(apart)} if apart else {}
+            note(kind, MODELS[recipe.variant], found, recipe=name, seed=seed, training_seconds_wall=seconds, **drawn)
         note(kind, CEILING, networks.pooled(best))
     return show_table_one(data, folds, records, options), records
+
+
+@torch.no_grad()
+def maps_apart(model: ISTN, cohort: Cohort, pairs: networks.Pairs, device: torch.device) -> list[float]:
+    """How far the maps of two people differ, over how far their structures do: a number a pair, none without an ITN.
+
+    Near 1 an ITN shows whose head it is; near 0 it draws everybody alike, and a refinement that brings two such maps
+    together ends where it is told that nothing has to move.
+    """
+    if model.itn is None:
+        return []
+    found = []
+    for pair in pairs:
+        drawn = model.itn(cohort.images[list(pair)].to(device)).float().split(1)
+        whole = cohort.soi[list(pair)].split(1)
+        found.append(float(objectives.relative_mse(*drawn) / objectives.relative_mse(*whole).to(device)))
+    return found
 
 
 def show_table_one(data: str, folds: Sequence[Cohort], records: Sequence[dict[str, Any]], options: Options) -> Table:
@@ -185,6 +206,12 @@ def statements(kind: str, records: Sequence[dict[str, Any]]) -> list[str]:
         if len(compared) > 1:
             notes.append(f"Rank by Dice, {KINDS[kind]}, {way}: {tables.ranked_over_seeds(compared)}.")
     for model, value in ours.items():
+        apart = [r["maps_apart"] for r in records if (r["kind"], r["model"]) == (kind, model) and "maps_apart" in r]
+        if apart:
+            notes.append(
+                f"{model}, {KINDS[kind]}: the maps of two people differ by {tables.mean(apart):.2f} of what their "
+                "structures do (0: everybody is drawn alike, and refinement has nothing to bring together)."
+            )
         if CEILING in dice:
             gap = dice[CEILING] - value
             notes.append(tables.aim(f"Refined {model}, {KINDS[kind]}, below the ceiling", gap, GAP_AIM, at_least=False))

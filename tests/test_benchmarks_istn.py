@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -270,6 +271,22 @@ def test_what_the_distance_to_the_ceiling_is_made_of(tmp_path: Path) -> None:
     # An ITN that has learned nothing draws nothing, and nothing moves.
     still = next(row["dice"] for row in first["records"] if row["model"] == "Id")
     assert found["affine", "as the ITN draws it"] == pytest.approx(still, abs=1e-6)
+
+
+def test_maps_that_are_the_structures_are_as_far_apart_as_these_and_equal_maps_are_not(cohort: Cohort) -> None:
+    """An ITN that draws the structures without a fault, one that draws everybody alike, and none."""
+    pairs, images = ((0, 1), (2, 3)), cohort.soi[:, :1]  # the "image" is the one structure that is drawn
+    one = replace(cohort, images=images, soi=images, structures={1: "one"})
+
+    def apart(itn: Callable[[torch.Tensor], torch.Tensor] | None) -> list[float]:
+        return istn_brains.maps_apart(SimpleNamespace(itn=itn), one, pairs, CPU)
+
+    assert apart(lambda image: image) == pytest.approx([1.0, 1.0])
+    assert apart(lambda image: images[:1].expand_as(image)) == [0.0, 0.0]
+    assert apart(None) == []
+    records = [{"kind": "affine", "model": "ISTN-i", "way": "refined", "dice": 0.6, "maps_apart": 0.04}]
+    (note,) = [note for note in istn_brains.statements("affine", records) if "maps" in note]
+    assert note.startswith("ISTN-i, affine: the maps of two people differ by 0.04 of what their structures do")
 
 
 def test_table_one_over_seeds(tmp_path: Path) -> None:
