@@ -136,6 +136,17 @@ def slices(method: str) -> float:
     return average("georeg_large", "error", set="slices", range="large", method=method)
 
 
+def warped(measure: str, name: str = "digits", **wanted: Any) -> float:
+    """Percent of a figure of the networks that were taken apart."""
+    return 100 * average("georeg_warping", measure, set=name, **wanted)
+
+
+def lost_by_warping(name: str) -> float:
+    """By how many percent of its error a network that was trained on points gets worse when features are warped."""
+    rows = [r for r in benchmark("georeg_warping")["records"] if (r["set"], r["moves"]) == (name, "points")]
+    return 100 * sum(r["error, features"] / r["error, points"] - 1 for r in rows) / len(rows)
+
+
 def two_contrasts(method: str) -> float:
     """Dice of two people, one in T1 and one in T2."""
     return average("georeg_brains_t1t2", "dice", part="brains-t1t2", method=method)
@@ -178,6 +189,15 @@ TYPED = [
     Typed("05", "committed-after", NOTHING, lambda: (average("istn_brains_donors", "dice", model="Id"),)),
     Typed("05", "committed-after", NOTHING, lambda: (refined("affine", "ISTN-i", "istn_brains_donors"),)),
     Typed("05", "committed-after", NOTHING, lambda: (refined("bspline", "ISTN-i", "istn_brains_donors"),)),
+    Typed(
+        "05",
+        "committed-after",
+        "differ by {:.0f} % of what their structures do; those of ISTN-e by {:.0f} %",
+        lambda: tuple(
+            100 * average("istn_brains_donors", "maps_apart", kind="affine", model=model, way="refined")
+            for model in ("ISTN-i", "ISTN-e")
+        ),
+    ),
     Typed("05", "committed-after", "with {} people and {:,} steps", lambda: training("istn_brains")),
     Typed(
         "05",
@@ -223,6 +243,22 @@ TYPED = [
         "trained-after",
         "(large range: {:.1f} mm before, GeoReg {:.1f}, an affine {:.1f}, free-form {:.1f})",
         lambda: tuple(map(slices, ("nothing", "GeoReg", "affine", "free-form"))),
+    ),
+    Typed(
+        "09",
+        "trained-after",
+        "it is {:.0f} % before training, and after it {:.0f} % in the networks that moved points and {:.0f} %",
+        lambda: (
+            warped("left untrained, level 1"),
+            warped("left, level 1", moves="points"),
+            warped("left, level 1", moves="features"),
+        ),
+    ),
+    Typed(
+        "09",
+        "trained-after",
+        "by {:.0f} % on digits, by {:.0f} % on slices, and not at all on whole brains",
+        lambda: (lost_by_warping("digits"), lost_by_warping("slices")),
     ),
     Typed(
         "09",
