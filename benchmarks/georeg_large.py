@@ -304,7 +304,7 @@ def finders(
                 network = done.model.to(device)
                 told = {"method": method, "seed": seed, "parameters": count_parameters(network)}
                 told |= {"training_seconds_wall": done.seconds, "best_step": done.best["step"]}
-                found.append((told, partial(_one_pass, network=network, grid=grid)))
+                found.append((told, partial(one_pass, network=network, grid=grid)))
     return found
 
 
@@ -313,12 +313,13 @@ def _still(moving: Tensor, fixed: Tensor) -> Transform:
 
 
 @torch.no_grad()
-def _one_pass(moving: Tensor, fixed: Tensor, network: Any, grid: Grid) -> Transform:
+def one_pass(moving: Tensor, fixed: Tensor, network: Any, grid: Grid) -> Transform:
+    """What a network answers to a batch of pairs."""
     transform: Transform = network(moving, fixed, grid).transform
     return transform
 
 
-def wanted(options: Options) -> list[str]:
+def wanted(options: networks.Options) -> list[str]:
     """The methods that the command line asks for.
 
     Raises:
@@ -512,12 +513,16 @@ def small() -> dict[str, Setup]:
     return {"stand-in": Setup(load, georeg, (4, 8), budget, 1, 1, 2, 0.1, (1 / 4,), 0.1, (2,), 2)}
 
 
+def check(sets: Sequence[str], seeds: Sequence[int], steps: int | None) -> None:
+    """Raise a ValueError for an unknown set, no seed, or no step."""
+    if any(name not in SETUPS for name in sets) or not seeds or (steps is not None and steps < 1):
+        raise ValueError(f"The sets are {', '.join(SETUPS)}; the numbers of seeds and steps are 1 or more.")
+
+
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Run it; see the module."""
     options = tyro.cli(Options, args=arguments)
-    unknown = [name for name in options.sets if name not in SETUPS]
-    if unknown or not options.seeds or (options.steps is not None and options.steps < 1):
-        raise ValueError(f"The sets are {', '.join(SETUPS)}; the numbers of seeds and steps are 1 or more.")
+    check(options.sets, options.seeds, options.steps)
     wanted(options)
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)

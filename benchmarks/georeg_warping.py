@@ -16,6 +16,7 @@ network with warped features. Here both, trained as there, are taken apart:
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,6 +49,19 @@ class Options(networks.Options):
     seeds: tuple[int, ...] = (0, 1, 2)
 
 
+def chosen(options: Options) -> dict[str, str]:
+    """Which of the two networks the command line asks for.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    asked = large.wanted(options)
+    found = {method: moves for method, moves in TRAINED.items() if method in asked}
+    if not found:
+        raise ValueError(f"The networks that are taken apart are {' and '.join(TRAINED)}, not {', '.join(asked)}.")
+    return found
+
+
 def share_left(features: Tensor) -> float:
     """Variance of features half-way between all pixels over that at the pixels, over images and channels."""
     pool = {2: F.avg_pool2d, 3: F.avg_pool3d}[features.ndim - 2]
@@ -77,10 +91,7 @@ def errors(network: GeoReg, setup: large.Setup, cohort: Cohort, device: torch.de
         pairs = test.pairs("test")
         moving, fixed = (test.images[[pair[k] for pair in pairs]].to(device) for k in (0, 1))
 
-        def find(some: Tensor, others: Tensor) -> Any:
-            with torch.no_grad():
-                return network(some, others, cohort.grid).transform
-
+        find = partial(large.one_pass, network=network, grid=cohort.grid)
         field = large.fields(find, moving, fixed, cohort.grid, setup.at_once)
         found.append(mean(large.figures(test, pairs, Dense(field, cohort.grid))["error"]))
     return mean(found)
@@ -92,7 +103,7 @@ def rows_of(name: str, setup: large.Setup, options: Options) -> tuple[list[dict[
     pool = large.mixture(cohort, setup.train, setup.copies)
     images = cohort.images[list(cohort.splits["test"])].to(device)
     rows: list[dict[str, Any]] = []
-    for method, own in TRAINED.items():
+    for method, own in chosen(options).items():
         for seed in options.seeds:
             recipe = large.recipe_of(method, setup, pool, seed, options.steps)
             done = networks.trained(recipe, pool, options.runs)
@@ -117,14 +128,14 @@ def show(name: str, rows: Sequence[Mapping[str, Any]], cohort: Cohort) -> Table:
          "error with warped features, mm"),
     )  # fmt: skip
 
-    def cells(chosen: Sequence[Mapping[str, Any]], key: str) -> list[str]:
-        return [over_seeds([100 * row[f"{key}, {level}"] for row in chosen], 1) for level in levels]
+    def cells(some: Sequence[Mapping[str, Any]], key: str) -> list[str]:
+        return [over_seeds([100 * row[f"{key}, {level}"] for row in some], 1) for level in levels]
 
     table.add("nothing yet", *cells(rows, "left untrained"), "-", "-")
-    for own in TRAINED.values():
-        chosen = [row for row in rows if row["moves"] == own]
-        error = [over_seeds([row[f"error, {moves}"] for row in chosen], 2) for moves in MOVES]
-        table.add("points" if own == "points" else "warped features", *cells(chosen, "left"), *error)
+    for own in dict.fromkeys(row["moves"] for row in rows):
+        trained = [row for row in rows if row["moves"] == own]
+        error = [over_seeds([row[f"error, {moves}"] for row in trained], 2) for moves in MOVES]
+        table.add("points" if own == "points" else "warped features", *cells(trained, "left"), *error)
     table.notes += [*statements(rows), cohort.origin]
     return table
 
@@ -134,6 +145,8 @@ def statements(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     said = []
     for own, other in (("points", "features"), ("features", "points")):
         lost = [100 * (row[f"error, {other}"] / row[f"error, {own}"] - 1) for row in rows if row["moves"] == own]
+        if not lost:
+            continue
         worse = sum(value > 0 for value in lost)
         said.append(
             f"Trained with {own}, tested with {other}: the error changes by {over_seeds(lost, 1)} %, and is larger "
@@ -145,11 +158,14 @@ def statements(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Run it; see the module."""
     options = tyro.cli(Options, args=arguments)
-    unknown = [name for name in options.sets if name not in large.SETUPS]
-    if unknown or not options.seeds:
-        raise ValueError(f"The sets are {', '.join(large.SETUPS)}; the number of seeds is 1 or more.")
+    large.check(options.sets, options.seeds, options.steps)
+    chosen(options)
     torch.set_num_threads(options.threads)
-    facts = {"seeds": options.seeds, "quick": options.quick, "hardware": networks.hardware(torch.device("cpu"))}
+    facts = {
+        "seeds": options.seeds,
+        "quick": options.quick,
+        "hardware": networks.hardware(torch.device(options.device)),
+    }
     shown: list[Table] = []
     every: list[dict[str, Any]] = []
     for name, setup in (large.small() if options.quick else {n: large.SETUPS[n] for n in options.sets}).items():

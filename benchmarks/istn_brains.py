@@ -138,7 +138,7 @@ def table_one(data: str, folds: Sequence[Cohort], options: Options) -> tuple[Tab
 
 @torch.no_grad()
 def maps_apart(model: ISTN, cohort: Cohort, pairs: networks.Pairs, device: torch.device) -> list[float]:
-    """How far the maps of two people differ, over how far their structures do: a number a pair, none without an ITN.
+    """Squared difference of two people's maps over that of their structures: a number a pair, none without an ITN.
 
     Near 1 an ITN shows whose head it is; near 0 it draws everybody alike, and a refinement that brings two such maps
     together ends where it is told that nothing has to move.
@@ -209,8 +209,8 @@ def statements(kind: str, records: Sequence[dict[str, Any]]) -> list[str]:
         apart = [r["maps_apart"] for r in records if (r["kind"], r["model"]) == (kind, model) and "maps_apart" in r]
         if apart:
             notes.append(
-                f"{model}, {KINDS[kind]}: the maps of two people differ by {tables.mean(apart):.2f} of what their "
-                "structures do (0: everybody is drawn alike, and refinement has nothing to bring together)."
+                f"{model}, {KINDS[kind]}: squared difference of two people's maps, over that of their structures: "
+                f"{tables.mean(apart):.2f} (0: everybody is drawn alike, and refinement has nothing to bring together)."
             )
         if CEILING in dice:
             gap = dice[CEILING] - value

@@ -18,7 +18,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from regteach.grid import Grid
-from regteach.names import nearest
+from regteach.names import first_line, nearest
 from regteach.nets.blocks import as_tuples, fast_layout
 from regteach.nets.georeg import GeoReg, GeoRegConfig
 from regteach.nets.istn import ISTN, ISTNConfig
@@ -138,7 +138,7 @@ def find_device(device: torch.device | str) -> torch.device:
     try:  # by a tensor, whose device has a number where there may be several
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0].rstrip(".").replace(". ", "; ")
+        reason = first_line(error).replace(". ", "; ")
         raise ValueError(f"There is no device {str(device)!r} to compute on ({reason}).") from None
 
 

@@ -74,7 +74,23 @@ def test_a_quick_run(tmp_path: Path) -> None:
     assert (tmp_path / "o.md").exists()
 
 
-def test_an_unknown_set_is_a_sentence() -> None:
+def test_one_way_of_training_alone(tmp_path: Path) -> None:
+    out = bench.main(["--quick", "--runs", str(tmp_path / "runs"), "--seeds", "0", "--recipes", "georeg"])
+    (table,) = out["tables"]
+    assert [row[0] for row in table["rows"]] == ["nothing yet", "points"]
+    assert sum("tested with" in note for note in table["notes"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (("--sets", "hearts"), ("digits", "slices")),
+        (("--steps", "0"), ("steps",)),
+        (("--recipes", "u-net"), ("GeoReg", "feature warping", "U-Net")),
+        (("--recipes", "elastix"), ("elastix",)),
+    ],
+)
+def test_what_makes_no_sense_is_a_sentence(wrong: tuple[str, ...], words: tuple[str, ...]) -> None:
     with pytest.raises(ValueError) as caught:
-        bench.main(["--sets", "hearts"])
-    assert one_sentence(caught.value, "digits", "slices")
+        bench.main(list(wrong))
+    assert one_sentence(caught.value, *words)

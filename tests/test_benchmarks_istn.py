@@ -286,7 +286,9 @@ def test_maps_that_are_the_structures_are_as_far_apart_as_these_and_equal_maps_a
     assert apart(None) == []
     records = [{"kind": "affine", "model": "ISTN-i", "way": "refined", "dice": 0.6, "maps_apart": 0.04}]
     (note,) = [note for note in istn_brains.statements("affine", records) if "maps" in note]
-    assert note.startswith("ISTN-i, affine: the maps of two people differ by 0.04 of what their structures do")
+    assert note.startswith(
+        "ISTN-i, affine: squared difference of two people's maps, over that of their structures: 0.04"
+    )
 
 
 def test_table_one_over_seeds(tmp_path: Path) -> None:

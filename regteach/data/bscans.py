@@ -29,6 +29,7 @@ from regteach.data.cohort import Cohort, one_hot, split_by_person
 from regteach.data.intensity import normalised
 from regteach.data.layers import layer_labels
 from regteach.grid import Grid
+from regteach.names import first_line
 
 PICTURES = (".png", ".tif", ".tiff", ".npy")
 
@@ -152,7 +153,7 @@ def _picture(path: Path) -> np.ndarray:
     try:
         pixels = np.load(path, allow_pickle=False) if path.suffix.lower() == ".npy" else np.asarray(imread(path))
     except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise ValueError(f"{path.name} is not a whole picture ({str(error).splitlines()[0].rstrip('.')}).") from None
+        raise ValueError(f"{path.name} is not a whole picture ({first_line(error)}).") from None
     if pixels.ndim == 3 and pixels.shape[2] in (3, 4) and (pixels[..., :3] == pixels[..., :1]).all():
         pixels = pixels[..., 0]  # grey, saved as colour
     if pixels.ndim != 2 or min(pixels.shape) < 2 or pixels.dtype.kind not in "uif":
@@ -168,7 +169,7 @@ def _table(path: Path, grid: Grid) -> Float[Tensor, "k w"]:
         with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets put a mark before it
             rows = [[float(field) if field.strip() else np.nan for field in row] for row in csv.reader(file) if row]
     except (ValueError, csv.Error) as error:
-        raise ValueError(f"{path.name} is no table of numbers ({str(error).splitlines()[0].rstrip('.')}).") from None
+        raise ValueError(f"{path.name} is no table of numbers ({first_line(error)}).") from None
     if len(rows) < 2 or {len(row) for row in rows} != {grid.shape[1]}:
         widths = " or ".join(map(str, sorted({len(row) for row in rows}))) or "no"
         raise ValueError(

@@ -44,11 +44,11 @@ def load_colin(
 def load_template(
     spacing_mm: float = 3.0, shape: Sequence[int] = (64, 64, 64), sides: str = "both", align: str = "rigid"
 ) -> Cohort:
-    """The T1 of the MNI152 template with FreeSurfer's labels: real contrast, drawn by the rules of all other brains.
+    """The T1 of the MNI152 template with FreeSurfer's labels: real contrast, labelled by the rules of the others.
 
-    The T1 is the mean of many people (2009c, skull taken off), sharper than theirs and without their noise. The labels
-    are those of another mean, of 35 people, that was brought to an earlier edition of the template: the two match to
-    about a millimetre.
+    The T1 is the mean of many people (2009c, skull taken off): smoother than that of one, and nearly without noise. The
+    labels are those of another mean, of 35 people, that was brought to an earlier edition of the template: near enough
+    that each structure is of one grey, but nobody drew them on this image.
 
     Raises:
         FileNotFoundError: if template or labels have not been fetched.

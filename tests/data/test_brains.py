@@ -275,7 +275,7 @@ def test_colin_has_no_accumbens(root: Path) -> None:
 
 
 def test_the_template_is_read_like_any_brain_and_keeps_its_own_grey(root: Path) -> None:
-    """T1 and T2 on one grid, the outline on another, the labels on a third: all in one space."""
+    """The T1 is turned onto the common grid with its labels, and what lies outside of the outline is taken off."""
     labels = head(FREESURFER_NUMBERS)
     save(root / "mni152_labels" / "aparc_aseg.nii.gz", labels)
     inside = ndimage.binary_dilation(labels > 0, iterations=8)

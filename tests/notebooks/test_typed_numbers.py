@@ -192,7 +192,7 @@ TYPED = [
     Typed(
         "05",
         "committed-after",
-        "differ by {:.0f} % of what their structures do; those of ISTN-e by {:.0f} %",
+        "maps is {:.0f} % of that of their structures; with ISTN-e it is {:.0f} %",
         lambda: tuple(
             100 * average("istn_brains_donors", "maps_apart", kind="affine", model=model, way="refined")
             for model in ("ISTN-i", "ISTN-e")
